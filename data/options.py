@@ -1,0 +1,77 @@
+"""Options of the data room: the `data:` and `batch:` sections of a configuration."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Reader = Literal["amazon", "movielens", "kuairand", "columns", "simulator"]
+
+
+@dataclass(frozen=True)
+class SimulatorOptions:
+    """Size of the simulated shop (data/simulate.py)."""
+
+    users: int = 2000
+    items: int = 600
+    events_per_user: int = 24  # mean
+    themes: int = 24
+    embedding_dim: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the raw logs are and how their columns are called."""
+
+    reader: Reader = "columns"
+    events: str = ""  # file, folder or glob; any fsspec path
+    items: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # canonical event column -> column of the log
+    item_columns: dict[str, str] = field(default_factory=dict)  # canonical item column -> column of the item file
+    extra: tuple[str, ...] = ()  # further numeric event columns to carry along
+    behaviours: dict[str, str] = field(default_factory=dict)  # value in the log -> canonical behaviour name
+    default_behaviour: str = "interact"
+    default_scenario: str = "main"
+    timestamp_unit: Literal["s", "ms", "us", "iso"] = "ms"
+    simulator: SimulatorOptions = field(default_factory=SimulatorOptions)
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Which events train, validate and test.
+
+    leave_one_out: a user's last event tests, the one before validates (users of fewer than 3 events only train).
+    global_time: events at or after `valid_from` validate, at or after `test_from` test (epoch milliseconds); where
+    they are None, the time points below which `train_fraction` and `train_fraction + valid_fraction` of events lie.
+    """
+
+    kind: Literal["leave_one_out", "global_time"] = "leave_one_out"
+    valid_from: int | None = None
+    test_from: int | None = None
+    train_fraction: float = 0.8
+    valid_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Raw logs to prepared shards."""
+
+    prepared: str = ""  # folder of manifest, shards and item table
+    source: SourceOptions = field(default_factory=SourceOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    min_user_events: int = 1
+    duplicates: Literal["drop", "keep"] = "drop"  # exact repeats of (user, item, timestamp, behaviour)
+    bad_rows: Literal["error", "drop"] = "error"  # null ids, unreadable timestamps
+    shard_events: int = 2_000_000
+    memory_limit_mb: int = 1024
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Prepared shards to training batches."""
+
+    max_context: int = 50  # window: the last events before a request
+    request_by: Literal["event", "timestamp"] = "event"  # what one request is: one event, or all of one timestamp
+    share_context: Literal["request", "user"] = "request"  # which targets share one context
+    target_behaviours: tuple[str, ...] = ()  # empty = every behaviour
+    behaviour_weights: dict[str, float] = field(default_factory=dict)  # loss weight; 1 where absent
+    min_context: int = 1  # requests with fewer earlier events are no samples

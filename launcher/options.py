@@ -1,0 +1,66 @@
+"""Options of the training job: what the launcher adds to the rooms' own sections."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from onetrain.cluster.options import ClusterOptions
+from onetrain.data.options import BatchOptions, DataOptions
+from onetrain.model.options import ModelOptions, TokenizerOptions
+from onetrain.parallel.options import OptimizerOptions, ParallelOptions
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The training loop."""
+
+    steps: int = 1000  # optimizer steps in all
+    threads_per_worker: int = 1  # torch threads of each rank, the same in every front end
+    log_every: int = 10
+    evaluate_every: int = 0  # steps between validations; 0 = only at the end
+    checkpoint_every: int = 0  # steps between checkpoints; 0 = only at the end
+    keep_last: int = 2  # checkpoints kept beside the best
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the run's newest checkpoint
+    warm_start: str | None = None  # checkpoint folder whose weights (not optimizer, step or cursor) start this run
+    deterministic: bool = True
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Ranking metrics by constrained beam search, or by scoring every item."""
+
+    method: Literal["beam", "exhaustive"] = "beam"
+    ks: tuple[int, ...] = (5, 10, 20)
+    beam_size: int = 50
+    batch_size: int = 256  # users per rank and forward
+    mask_seen: bool = False
+    best_metric: str = "recall@10"  # of validation; the best checkpoint maximises it
+    max_users: int | None = None  # during training only: the first users by a fixed shuffle; None = all
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """JSONL is always written; wandb on top."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with an account, else offline
+    project: str = "onetrain"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole job: the top level of a YAML file."""
+
+    name: str
+    storage_path: str = "runs"  # the run writes into <storage_path>/<name>
+    seed: int = 0
+    data: DataOptions = field(default_factory=DataOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)

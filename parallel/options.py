@@ -1,0 +1,33 @@
+"""Options of the engine: the `parallel:` and `optimizer:` sections of a configuration."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a global batch is spread over ranks, and which DeepSpeed engine trains it."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    global_batch_size: int = 256  # samples per optimizer step, over all ranks; independent of world size
+    micro_batch_size: int | None = None  # samples per rank and forward; None = the rank's whole share
+    gradient_clipping: float = 1.0  # 0 = off
+    offload_optimizer: bool = False
+    collective_timeout_s: int = 600
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys that override the generated ones
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW (assumption of the papers: betas 0.9 / 0.95) or plain SGD."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    embedding_learning_rate: float | None = None  # None = learning_rate
+    weight_decay: float = 0.1  # never on norms, biases and embeddings
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = 100
+    final_ratio: float = 0.0  # learning rate at the last step over its peak
