@@ -17,7 +17,7 @@ from onetrain.model.options import TokenizerOptions
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise_distances_argmin
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 Codes = NDArray[np.int64]
 Floats = NDArray[np.float32]
