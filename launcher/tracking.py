@@ -1,0 +1,195 @@
+"""Where a run's numbers go: metrics.jsonl always, wandb on top. Only rank 0 writes.
+
+metrics.jsonl holds one JSON object a line: `step` (optimizer steps done), `time` (Unix seconds), `kind` ("train",
+"valid", "table", ...) and the metrics. NaN and infinity, which JSON lacks, are written as null.
+"""
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from onetrain.launcher.console import print_message, print_warning
+from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.options import RunConfig
+
+RESERVED = ("step", "time", "kind")
+
+
+class Tracker:
+    """Records of one run, which survive its restarts.
+
+    A context manager: leaving it by an exception marks the wandb run as failed.
+
+    Args:
+        config: the resolved configuration; attached to the wandb run.
+        run_dir: the run's folder; metrics.jsonl, wandb/ and wandb_run_id arise in it.
+        is_main: whether this is rank 0; on every other rank all methods do nothing.
+        start_step: the step of the checkpoint that this process goes on from. Records of later steps, written by an
+            attempt that died, are cut off, so that the file keeps one value per step. 0 is a new start: the file is
+            emptied.
+
+    Raises:
+        ConfigError: tracking.wandb is online and wandb cannot start.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: str | Path, is_main: bool, start_step: int = 0) -> None:
+        self._is_main = is_main
+        self._wandb: Any = None
+        self._last_step = start_step
+        if not is_main:
+            return
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        cut_records(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(config, folder)
+
+    def log(self, step: int, metrics: Mapping[str, Any], kind: str = "train") -> None:
+        """Record numbers of one step.
+
+        Raises:
+            ValueError: a metric is called step, time or kind.
+        """
+        if reserved := [name for name in RESERVED if name in metrics]:
+            raise ValueError(f"a metric cannot be called {reserved[0]}: every record has a field of that name")
+        if not self._is_main:
+            return
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        self._write({"step": step, "time": round(time.time(), 3), "kind": kind, **numbers})
+        self._last_step = step
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table at the step logged last."""
+        if not self._is_main:
+            return
+        cells = [[_number(value) for value in row] for row in rows]
+        record = {"step": self._last_step, "time": round(time.time(), 3), "kind": "table", "name": name}
+        self._write({**record, "columns": list(columns), "rows": cells})
+        if self._wandb is not None:
+            import wandb
+
+            table = wandb.Table(columns=list(columns), data=cells, allow_mixed_types=True)
+            self._wandb.log({name: table}, step=self._last_step)
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the records; an `exit_code` other than 0 marks the wandb run as failed. Calling it twice is harmless."""
+        if not self._is_main or self._file.closed:
+            return
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(0 if error is None else getattr(error, "exit_code", 1))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, ensure_ascii=False, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def cut_records(path: Path, start_step: int) -> None:
+    """Keep the records up to `start_step`, none if it is 0. The file is replaced atomically."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):  # the process died while it wrote this line
+                print_warning(f"{path}, line {number}: dropped an incomplete record")
+                continue
+            if step <= start_step and start_step > 0:
+                kept.append(line)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _number(value: Any) -> Any:
+    """numpy and torch scalars as Python numbers."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _start_wandb(config: RunConfig, folder: Path) -> Any:
+    """The wandb run, None when it is disabled."""
+    mode = config.tracking.wandb
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")  # errors arrive as exceptions and are told below
+    if mode != "auto":
+        return _init_wandb(config, folder, mode)
+    import wandb
+
+    try:
+        # WANDB_MODE is how wandb's users say it for a whole machine; a missing account means offline
+        wanted = os.environ.get("WANDB_MODE") or (
+            "online" if wandb.login(prompt=False, verify=False) else "offline"
+        )
+        if wanted == "disabled":
+            return None
+        return _init_wandb(config, folder, "online" if wanted == "online" else "offline")
+    except (wandb.errors.Error, ConfigError) as error:
+        print_warning(f"wandb cannot go online, so this run is recorded offline. {error}")
+        wandb.teardown()  # forgets the failed attempt, which would hold the run id
+        return _init_wandb(config, folder, "offline")
+
+
+def _init_wandb(config: RunConfig, folder: Path, mode: Literal["online", "offline"]) -> Any:
+    import wandb
+
+    options = config.tracking
+    try:
+        run = wandb.init(
+            dir=str(folder),
+            id=_run_id(config, folder),
+            resume="allow",
+            name=config.name,
+            project=options.project,
+            entity=options.entity,
+            tags=list(options.tags),
+            config=asdict(config),
+            allow_val_change=True,  # a resumed run may have, say, more steps
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"tracking.wandb: wandb cannot start {mode}: {str(error).rstrip('.')}. "
+            "Log in with `wandb login`, or set tracking.wandb to offline or disabled"
+        ) from error
+    place = run.url if mode == "online" else f"{run.settings.sync_dir} (send it later with `wandb sync`)"
+    print_message(f"wandb: {mode}, {place}")
+    return run
+
+
+def _run_id(config: RunConfig, folder: Path) -> str:
+    """Made once for a run folder; a run that never resumes gets a new one at each start."""
+    path = folder / "wandb_run_id"
+    if config.train.resume == "auto" and path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    name = uuid.uuid4().hex[:8]
+    path.write_text(name + "\n", encoding="utf-8")
+    return name
