@@ -1,0 +1,218 @@
+"""One optimizer step of a model under DeepSpeed: the loss is normalised by the global sum of target weights.
+
+Gradients are the sum over ranks and accumulation steps of each micro batch's loss sum, over the sum of all weights, so
+that uneven batches equal one process. The optimizer is torch's own; ZeRO partitions its state.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from onetrain.parallel.deepspeed_config import deepspeed_config
+from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.mesh import Mesh
+from onetrain.parallel.options import OptimizerOptions, ParallelOptions
+from onetrain.parallel.param_groups import learning_rate_factor, parameter_groups
+from onetrain.parallel.process_group import Ranks, all_reduce_sum
+
+Batch = TypeVar("Batch")
+LossParts = tuple[Tensor, Tensor | float, dict[str, Tensor]]  # sum of weighted losses, sum of weights, statistics
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, equal on all ranks."""
+
+    loss: float  # sum of weighted losses over sum of weights, over ranks and micro batches; 0 when no target counts
+    weight: float  # global sum of target weights
+    grad_norm: float  # L2 norm of all gradients, before clipping
+    learning_rate: float  # of parameters that are not embeddings
+    stats: dict[str, Tensor]  # the loss function's statistics, summed over ranks and micro batches; float64 on CPU
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed; `step` counts the optimizer steps done."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel_options: ParallelOptions,
+        optimizer_options: OptimizerOptions,
+        ranks: Ranks,
+        total_steps: int,
+    ) -> None:
+        """Moves `model` to the rank's device and hands it to DeepSpeed; every rank gets rank 0's weights.
+
+        `total_steps` is where the learning rate schedule ends. Raises ParallelError for options that cannot work.
+        """
+        self.module = model
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.options = parallel_options
+        self.optimizer_options = optimizer_options
+        self.ranks = ranks
+        self.total_steps = total_steps
+        self.mesh = Mesh.plan(ranks.world_size, parallel_options)
+        self.step = 0
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        config = deepspeed_config(parallel_options, ranks.world_size, n_parameters)
+
+        import deepspeed  # late: it reads DS_ACCELERATOR, which process_group.start sets
+        from deepspeed.utils import groups
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
+        model.to(ranks.device)
+        self.optimizer = _torch_optimizer(model, optimizer_options)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=_LossModule(model), optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout_s), groups._get_data_parallel_group())
+        self.zero_stage: int = parallel_options.zero_stage
+        # One rank has nothing to reduce: spares copying every gradient into a bucket and back.
+        self.deepspeed.enable_backward_allreduce = ranks.world_size > 1 or self.zero_stage > 0
+
+    def train_step(
+        self,
+        micro_batches: Sequence[Batch],
+        loss_fn: Callable[[nn.Module, Batch], LossParts],
+        weight_fn: Callable[[Batch], float],
+    ) -> StepResult:
+        """One optimizer step over this rank's micro batches (as many on every rank: `mesh.accumulation_steps`).
+
+        `weight_fn` gives the sum of target weights of a micro batch before its forward; `loss_fn(module, micro_batch)`
+        gives the sum of weighted losses, that same sum of weights, and statistics to add up (same names and shapes on
+        every rank). A micro batch without targets must still give a loss that depends on the parameters, times zero.
+        Raises ParallelError, on every rank, when loss or gradient norm is not finite.
+        """
+        if len(micro_batches) != self.mesh.accumulation_steps:
+            raise ParallelError(
+                f"Step {self.step} got {len(micro_batches)} micro batches; {self.mesh.accumulation_steps} needed."
+            )
+        if not self.module.training:
+            self.module.train()
+        factor = learning_rate_factor(self.step, self.total_steps, self.optimizer_options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+        (weight,) = all_reduce_sum([float(sum(weight_fn(batch) for batch in micro_batches))], self.ranks)
+        scale = self.ranks.world_size / weight if weight > 0 else 0.0  # DeepSpeed averages over ranks
+        sums = _Sums()
+        for position, batch in enumerate(micro_batches, start=1):
+            loss_sum, weight_sum, stats = self.deepspeed(partial(_swapped, loss_fn, batch))
+            if not loss_sum.requires_grad:
+                raise ParallelError(
+                    f"Step {self.step}: the loss does not depend on the parameters. Sum over the targets that count, "
+                    "also when there are none, so that every rank runs the same backward pass."
+                )
+            self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
+            sums.add(loss_sum, weight_sum, stats)
+            if position < len(micro_batches):
+                self.deepspeed.step()  # no update yet: DeepSpeed counts micro batches
+
+        loss_total, weight_total, stats_total = sums.reduced(self.ranks)
+        loss = loss_total / weight if weight > 0 else 0.0
+        self._check_finite(loss, "loss")
+        if not math.isclose(weight_total, weight, rel_tol=1e-5, abs_tol=1e-6):
+            raise ParallelError(f"Step {self.step}: loss_fn counted weight {weight_total}, weight_fn {weight}.")
+        grad_norm = self._update()
+        self.step += 1
+        return StepResult(loss, weight, grad_norm, self.optimizer_options.learning_rate * factor, stats_total)
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The module with all its parameters on every rank, to evaluate with; every rank must enter it.
+
+        Inside, ranks may run different numbers of forwards. At ZeRO stages 0 to 2 this changes nothing.
+        """
+        if self.zero_stage < 3:
+            yield self.module
+            return
+        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self.deepspeed):
+            yield self.module
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the module."""
+        self.deepspeed.destroy()
+
+    def _update(self) -> float:
+        """Clips, steps the optimizer and returns the gradient norm before clipping."""
+        if self.zero_stage == 0:
+            norm = nn.utils.get_total_norm([_grad(parameter) for parameter in self.trainable])
+            grad_norm = float(norm)
+            self._check_finite(grad_norm, "gradient norm")
+            clip = self.options.gradient_clipping
+            if clip > 0 and grad_norm > clip:
+                nn.utils.clip_grads_with_norm_(self.trainable, clip, norm)
+            self.deepspeed.step()
+        else:
+            self.deepspeed.step()  # skips the update when the norm is not finite
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+            self._check_finite(grad_norm, "gradient norm")
+        return grad_norm
+
+    def _check_finite(self, value: float, name: str) -> None:
+        if not math.isfinite(value):
+            raise ParallelError(
+                f"Step {self.step}: the {name} is {value}; the weights were not updated. Look at this step's batch, or "
+                "lower optimizer.learning_rate, and go on from the last checkpoint."
+            )
+
+
+class _LossModule(nn.Module):
+    """What DeepSpeed wraps: it must see the loss come out of a forward pass to place its hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[nn.Module], LossParts]) -> LossParts:
+        return compute(self.model)
+
+
+class _Sums:
+    """Loss, weight and statistics added up over micro batches."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+    def add(self, loss_sum: Tensor, weight_sum: Tensor | float, stats: dict[str, Tensor]) -> None:
+        for name, value in {"": loss_sum, "/": weight_sum, **stats}.items():
+            part = torch.as_tensor(value, device=loss_sum.device).detach().double()
+            self.parts[name] = self.parts[name] + part if name in self.parts else part
+
+    def reduced(self, ranks: Ranks) -> tuple[float, float, dict[str, Tensor]]:
+        """(loss sum, weight sum, statistics) over all ranks, in one all-reduce."""
+        flat = torch.cat([part.flatten() for part in self.parts.values()])
+        if ranks.world_size > 1:
+            dist.all_reduce(flat)
+        sizes = [part.numel() for part in self.parts.values()]
+        loss, weight, *stats = flat.cpu().split(sizes)
+        names = list(self.parts)[2:]
+        return float(loss), float(weight), {n: s.view(self.parts[n].shape) for n, s in zip(names, stats, strict=True)}
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    """The gradient; zeros for a parameter that no loss has touched, as ZeRO's flat gradients have."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _swapped(loss_fn: Callable[[nn.Module, Batch], LossParts], batch: Batch, module: nn.Module) -> LossParts:
+    return loss_fn(module, batch)
+
+
+def _torch_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, options)
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
