@@ -1,0 +1,115 @@
+"""The manifest of a prepared folder: what is in it, in numbers and checksums."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onetrain.data.errors import DataError
+from onetrain.data.fingerprint import file_checksum
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One Arrow file of the folder: name, rows, events (0 for items), size and checksum."""
+
+    file: str
+    rows: int
+    bytes: int
+    xxh3_128: str
+    events: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a prepared folder.
+
+    `fingerprint` covers users, events, items, vocabularies and split, and neither paths, dates, shard sizes nor the
+    report. `sid_fingerprint` names the SID map made for these items and is no part of `fingerprint`.
+    """
+
+    shards: tuple[StoredFile, ...]
+    items: StoredFile
+    users: int
+    events: int
+    n_train_events: int
+    n_valid_events: int
+    n_test_events: int
+    behaviours: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    extra: tuple[str, ...]
+    time_range_ms: tuple[int, int]
+    split: dict[str, Any]  # kind, valid_from, test_from (epoch ms, None for leave_one_out)
+    catalogue_fingerprint: str
+    fingerprint: str
+    report: dict[str, int] = field(default_factory=dict)
+    sid_fingerprint: str | None = None
+    format: int = FORMAT
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
+        """Read `<folder>/manifest.json`. Raises DataError when it is missing, damaged or of another format."""
+        path = Path(folder) / FILE_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist. Run `onetrain prepare` first, or correct data.prepared.") from None
+        except ValueError as error:
+            raise DataError(f"{path} is no valid JSON ({error}). Run `onetrain prepare` again.") from error
+        found = raw.get("format") if isinstance(raw, dict) else None
+        if found != FORMAT:
+            raise DataError(
+                f"{path} has format {found}, this version reads format {FORMAT}. Run `onetrain prepare` again."
+            )
+        try:
+            raw["shards"] = tuple(StoredFile(**shard) for shard in raw["shards"])
+            raw["items"] = StoredFile(**raw["items"])
+            for name in ("behaviours", "scenarios", "extra", "time_range_ms"):
+                raw[name] = tuple(raw[name])
+            return cls(**raw)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}). Run `onetrain prepare` again.") from error
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `<folder>/manifest.json` atomically."""
+        path = Path(folder) / FILE_NAME
+        temporary = path.with_suffix(f".tmp-{os.getpid()}")
+        temporary.write_text(
+            json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, path)
+
+    def with_sid_fingerprint(self, sid_fingerprint: str) -> "Manifest":
+        """The same manifest, stamped with the fingerprint of its SID map."""
+        return dataclasses.replace(self, sid_fingerprint=sid_fingerprint)
+
+
+def verify_sizes(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
+    """Check that every file is there in its full size. Raises DataError that names the file."""
+    for stored in (*manifest.shards, manifest.items):
+        path = Path(folder) / stored.file
+        if not path.is_file():
+            raise DataError(f"{path} is missing, but the manifest lists it. Run `onetrain prepare` again.")
+        if path.stat().st_size != stored.bytes:
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {stored.bytes}: it is truncated or was "
+                "replaced. Copy it again or run `onetrain prepare` again."
+            )
+
+
+def verify_shards(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
+    """Check size and checksum of every file; reads all of them. Raises DataError that names the damaged file."""
+    verify_sizes(manifest, folder)
+    for stored in (*manifest.shards, manifest.items):
+        path = Path(folder) / stored.file
+        found = file_checksum(path)
+        if found != stored.xxh3_128:
+            raise DataError(
+                f"{path} is damaged: its checksum is {found}, the manifest says {stored.xxh3_128}. Copy it again or "
+                "run `onetrain prepare` again."
+            )

@@ -1,0 +1,182 @@
+"""Raw logs to prepared shards: read and check, sort on disk, clean, split, write; in bounded memory.
+
+Memory grows with the number of items and with the longest user, never with the number of events: DuckDB sorts within
+`memory_limit_mb` and spills beside the result, and events pass through in blocks of whole users. The result depends on
+the contents of the log alone, not on the order of its rows, its files, or the number of threads.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+from onetrain.data.catalogue import build_catalogue, catalogue_fingerprint, hash_items, write_items
+from onetrain.data.errors import DataError
+from onetrain.data.fingerprint import ContentHash, json_fingerprint
+from onetrain.data.manifest import FORMAT, Manifest
+from onetrain.data.options import DataOptions
+from onetrain.data.readers import Source, open_source
+from onetrain.data.report import Report
+from onetrain.data.shard_writer import ShardWriter, UserBlock
+from onetrain.data.shards import local_folder
+from onetrain.data.split import Split, append_timestamps, check_split, decide_split, needs_time_points
+from onetrain.data.staging import stage_log
+from onetrain.data.user_events import index_names, sort_log, stream_users
+from onetrain.data.workspace import Workspace, check_space, workspace
+
+Progress = Callable[[str, int, int | None], None]
+MB_PER_THREAD = 128  # less than this, and DuckDB's sort runs out of memory
+
+
+def prepare(options: DataOptions, progress: Progress | None = None) -> Manifest:
+    """Prepare the log of `options.source` into the folder `options.prepared`, replacing an earlier result at the end.
+
+    `progress(stage, done, total)` is called at the start and end of "read", "items" and "sort", and after every block
+    of "split" (finding time points) and "write" (events); total None = unknown.
+    Raises DataError for anything wrong with options, files, columns, rows, memory or disk; the folder stays as it was.
+    """
+    progress = progress or (lambda stage, done, total: None)
+    prepared = _check_options(options)
+    with workspace(prepared) as work, _connect(work, options) as con:
+        source = open_source(con, options.source)
+        _check_apart(prepared, source)
+        check_space(prepared.parent, source.n_bytes)
+        manifest = _prepare_into(work, con, source, options, progress)
+        manifest.save(work.result)
+    return manifest
+
+
+def _prepare_into(
+    work: Workspace, con: duckdb.DuckDBPyConnection, source: Source, options: DataOptions, progress: Progress
+) -> Manifest:
+    report, extra = Report(), options.source.extra
+    progress("read", 0, None)
+    stage_log(con, source, options, report)
+    progress("read", report.rows_read, report.rows_read)
+    progress("items", 0, None)
+    items = build_catalogue(con, source, options, report)
+    progress("items", items.num_rows, items.num_rows)
+    behaviours, scenarios = index_names(con, "behaviour"), index_names(con, "scenario")
+    n_rows = report.rows_read - report.bad_rows_dropped
+    progress("sort", 0, n_rows)
+    sort_log(con, extra)
+    progress("sort", n_rows, n_rows)
+    split = _decide_split(work, con, options, n_rows, progress)
+
+    content = ContentHash()
+    writer = ShardWriter(work.result, extra, options.shard_events)
+    train_count = np.zeros(items.num_rows, np.int64)
+    n_train = n_valid = n_test = done = 0
+    first_ms, last_ms = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    try:
+        for events in stream_users(con, options, report):
+            timestamps = events.columns["timestamp_ms"]
+            valid_start, test_start = split.starts(events.lengths, timestamps)
+            block = UserBlock(events.users, events.lengths, valid_start, test_start, events.columns)
+            place = np.arange(len(timestamps)) - np.repeat(np.cumsum(events.lengths) - events.lengths, events.lengths)
+            train = place < np.repeat(valid_start, events.lengths)
+            train_count += np.bincount(events.columns["item"][train], minlength=items.num_rows)
+            n_train += int(valid_start.sum())
+            n_valid += int((test_start - valid_start).sum())
+            n_test += int((events.lengths - test_start).sum())
+            first_ms, last_ms = min(first_ms, int(timestamps.min())), max(last_ms, int(timestamps.max()))
+            _hash_block(content, block, writer.event_columns)
+            writer.append(block)
+            done += len(timestamps)
+            progress("write", done, n_rows)
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    if not done:
+        raise DataError(
+            f"No events are left: all {report.users_dropped} users have fewer than data.min_user_events = "
+            f"{options.min_user_events} events. Lower it."
+        )
+    hash_items(content, items, train_count)
+    contents = {
+        "format": FORMAT,
+        "columns": content.digests(),
+        "behaviours": behaviours,
+        "scenarios": scenarios,
+        "split": dataclasses.asdict(split),
+    }
+    return Manifest(
+        shards=tuple(writer.shards),
+        items=write_items(work.result, items, train_count),
+        users=sum(shard.rows for shard in writer.shards),
+        events=done,
+        n_train_events=n_train,
+        n_valid_events=n_valid,
+        n_test_events=n_test,
+        behaviours=behaviours,
+        scenarios=scenarios,
+        extra=extra,
+        time_range_ms=(first_ms, last_ms),
+        split=dataclasses.asdict(split),
+        catalogue_fingerprint=catalogue_fingerprint(items),
+        fingerprint=json_fingerprint(contents),
+        report=dataclasses.asdict(report),
+    )
+
+
+def _decide_split(
+    work: Workspace, con: duckdb.DuckDBPyConnection, options: DataOptions, n_rows: int, progress: Progress
+) -> Split:
+    """The split; time points that are not given cost one more pass over the sorted events."""
+    if not needs_time_points(options.split):
+        return decide_split(options.split, None)
+    path, done = work.scratch / "timestamps.u64", 0
+    path.touch()
+    for events in stream_users(con, options, Report()):
+        append_timestamps(path, events.columns["timestamp_ms"])
+        done += int(events.lengths.sum())
+        progress("split", done, n_rows)
+    return decide_split(options.split, path if done else None)
+
+
+def _hash_block(content: ContentHash, block: UserBlock, event_columns: tuple[str, ...]) -> None:
+    content.update_text("user", block.users)
+    for name, values in (
+        ("length", block.lengths),
+        ("valid_start", block.valid_start),
+        ("test_start", block.test_start),
+    ):
+        content.update(name, values.astype(np.int64))
+    for name in event_columns:
+        content.update(name, block.columns[name])
+
+
+def _connect(work: Workspace, options: DataOptions) -> duckdb.DuckDBPyConnection:
+    """A database on disk, within the memory limit, that neither prints nor fetches anything from a network."""
+    threads = max(1, min(os.cpu_count() or 1, options.memory_limit_mb // MB_PER_THREAD))
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{options.memory_limit_mb}MiB",
+        "threads": threads,
+        "temp_directory": str(work.scratch / "spill"),
+        "autoinstall_known_extensions": False,
+    }
+    con = duckdb.connect(str(work.scratch / "work.duckdb"), config=config)
+    con.execute("SET enable_progress_bar = false")
+    return con
+
+
+def _check_options(options: DataOptions) -> Path:
+    if not options.prepared:
+        raise DataError("data.prepared is empty. Name the folder that the shards are written into.")
+    for name, least in (("min_user_events", 1), ("shard_events", 1), ("memory_limit_mb", 64)):
+        if getattr(options, name) < least:
+            raise DataError(f"data.{name} is {getattr(options, name)}, the least is {least}.")
+    if len(set(options.source.extra)) != len(options.source.extra):
+        raise DataError(f"data.source.extra names a column twice: {', '.join(options.source.extra)}.")
+    check_split(options.split)
+    return local_folder(options.prepared).absolute()
+
+
+def _check_apart(prepared: Path, source: Source) -> None:
+    """The old result is removed at the end: the log must not lie in it."""
+    for file in source.files:
+        if "://" not in file and Path(file).is_relative_to(prepared):
+            raise DataError(f"data.source: {file} lies in data.prepared, which is replaced. Move the log elsewhere.")

@@ -1,0 +1,60 @@
+"""Reader of the simulated shop: writes its logs into the folder `source.events` once, then reads them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import duckdb
+from onetrain.data.errors import DataError
+from onetrain.data.options import SourceOptions
+from onetrain.data.readers import columns
+from onetrain.data.readers.source import Source
+from onetrain.data.shards import local_folder
+
+OPTIONS_FILE = "simulator.json"  # written last: what the logs of this folder were made from
+
+
+def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
+    """Write the logs unless they are there, and open them.
+
+    Raises DataError when the folder holds something else, or logs of other simulator options.
+    """
+    if not options.events:
+        raise DataError("data.source.events is empty. Set it to the folder that the simulator writes its logs into.")
+    folder = local_folder(options.events)
+    wanted = dataclasses.asdict(options.simulator)
+    marker = folder / OPTIONS_FILE
+    if marker.is_file():
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        if found != wanted:
+            raise DataError(
+                f"{folder} holds logs of other simulator options ({found}; wanted {wanted}). Remove the folder or "
+                "name another in data.source.events."
+            )
+    else:
+        _write(options, folder)
+    return columns.read(
+        con,
+        dataclasses.replace(
+            options,
+            events=str(folder / "events-*.parquet"),
+            items=str(folder / "items.parquet"),
+            columns={},
+            item_columns={},
+            timestamp_unit="ms",
+        ),
+    )
+
+
+def _write(options: SourceOptions, folder: Path) -> None:
+    from onetrain.data.simulate import write_logs
+
+    own = ("events-", "items.parquet", "oracle.parquet")  # what an interrupted simulation may have left
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"data.source.events: {folder} is a file; the simulator needs a folder.")
+    foreign = [path.name for path in folder.iterdir() if not path.name.startswith(own)] if folder.exists() else []
+    if foreign:
+        raise DataError(f"{folder} is not empty ({foreign[0]}). Name a new folder for the simulated logs.")
+    write_logs(options.simulator, str(folder))
+    text = json.dumps(dataclasses.asdict(options.simulator), indent=2) + "\n"
+    (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
