@@ -10,10 +10,10 @@ Reader = Literal["amazon", "movielens", "kuairand", "columns", "simulator"]
 class SimulatorOptions:
     """Size of the simulated shop (data/simulate.py)."""
 
-    users: int = 2000
-    items: int = 600
+    users: int = 4000
+    items: int = 800
     events_per_user: int = 24  # mean
-    themes: int = 24
+    themes: int = 16
     embedding_dim: int = 32
     seed: int = 0
 

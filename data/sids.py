@@ -52,9 +52,9 @@ class SidMap:
         digest = xxhash.xxh3_128()
         shapes = [list(codebook.shape) for codebook in self.codebooks]
         digest.update(json.dumps([FORMAT, self.catalogue_fingerprint, list(self.sizes), shapes]).encode())
-        digest.update(np.ascontiguousarray(self.codes_IL, dtype="<i8"))
+        digest.update(np.ascontiguousarray(self.codes_IL, dtype="<i8").data)
         for codebook in self.codebooks:
-            digest.update(np.ascontiguousarray(codebook, dtype="<f4"))
+            digest.update(np.ascontiguousarray(codebook, dtype="<f4").data)
         return digest.hexdigest()
 
     def save(self, folder: str) -> None:
