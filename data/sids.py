@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from onetrain.data.errors import DataError
-from onetrain.data.manifest import Manifest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
+from onetrain.data.errors import DataError
+from onetrain.data.manifest import Manifest
 
 FORMAT = 1
 TENSORS = "sids.safetensors"
@@ -35,7 +36,7 @@ class SidMap:
     level; a level that only tells equal SIDs apart has none. catalogue_fingerprint: the manifest's, over the item ids.
     """
 
-    codes_IL: NDArray[np.int64]  # noqa: N815
+    codes_IL: NDArray[np.int64]
     sizes: tuple[int, ...]
     codebooks: tuple[NDArray[np.float32], ...]
     catalogue_fingerprint: str

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SimulatorOptions
 
