@@ -1,0 +1,236 @@
+"""The canonical checkpoint: parameter name -> fp32 value and moments, independent of ZeRO stage and world size.
+
+A checkpoint is a folder: `model.safetensors` (parameters in fp32 and persistent buffers), `optimizer.safetensors`
+("<moment>/<parameter>") and `state.json` (format, step, sizes and xxh3_128 of those files, and the caller's state, such
+as the data cursor). It is written beside its place and renamed, so that a folder that exists is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from onetrain.parallel.engine import Engine
+from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.optimizer_state import MOMENTS, VALUE, gather, scatter, shapes
+from onetrain.parallel.process_group import raise_together
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+HASH_CHUNK = 1 << 24
+
+
+def save(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
+    """Writes the checkpoint `folder`, replacing one of that name; every rank takes part, rank 0 writes.
+
+    `state` is the caller's, as JSON values. Raises ParallelError on every rank when it cannot be written (disk full); a
+    checkpoint already in `folder` is then still whole, and nothing half-written is left.
+    """
+    full = gather(engine)
+    error = None
+    if engine.ranks.is_main:
+        model = {**full.pop(VALUE), **_persistent_buffers(engine.module)}
+        moments = {f"{kind}/{name}": tensor for kind, tensors in full.items() for name, tensor in tensors.items()}
+        header = {"format": FORMAT, "step": engine.step, "optimizer": engine.optimizer_options.name}
+        try:
+            _write_folder(folder, {MODEL: model, OPTIMIZER: moments}, {**header, "state": state})
+        except (OSError, SafetensorError) as failure:
+            error = f"Cannot write checkpoint {folder}: {failure}. Free space or change storage_path, then resume."
+    raise_together(error, engine.ranks)
+
+
+def load(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Restores weights, moments and step exactly, at any ZeRO stage and world size; returns the caller's state.
+
+    Raises ParallelError on every rank for a damaged file, another optimizer, or parameters that do not match by name
+    and shape.
+    """
+    header = _checked_header(engine, folder)
+    saved, ours = header["optimizer"], engine.optimizer_options.name
+    if saved != ours:
+        raise ParallelError(
+            f"Checkpoint {folder} holds the state of optimizer {saved}; this run uses {ours}: "
+            f"set optimizer.name to {saved}, or start from its weights only with train.warm_start."
+        )
+    engine.step = header["step"]
+    _restore(engine, folder, (VALUE, *MOMENTS[ours]))
+    return header["state"]
+
+
+def load_weights(target: nn.Module | Engine, folder: Path) -> dict[str, Any]:
+    """Restores only the weights and buffers, into an engine (every rank takes part) or a plain module.
+
+    Returns the caller's state of that checkpoint. Raises ParallelError for a damaged file, and for missing, unexpected
+    or differently shaped parameters.
+    """
+    if isinstance(target, Engine):
+        header = _checked_header(target, folder)
+        _restore(target, folder, (VALUE,))
+        return header["state"]
+    header = _read_header(folder)
+    _check_files(folder, header)
+    _check_shapes(folder, {name: tuple(p.shape) for name, p in target.named_parameters()}, target)
+    with safe_open(folder / MODEL, "pt") as file, torch.no_grad():
+        for name, parameter in target.named_parameters():
+            parameter.copy_(file.get_tensor(name))
+        _restore_buffers(target, file)
+    return header["state"]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The caller's state of a checkpoint, without loading a tensor. Raises ParallelError when it cannot be read."""
+    return _read_header(folder)["state"]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The checkpoint with the most steps, or None."""
+    return max(_step_folders(checkpoints), default=None)
+
+
+def prune(checkpoints: Path, keep_last: int, keep: Iterable[str] = ()) -> list[Path]:
+    """Deletes all but the `keep_last` newest step checkpoints and those named in `keep`; returns the deleted."""
+    folders = sorted(_step_folders(checkpoints))
+    kept = {*keep, *(folder.name for folder in folders[max(0, len(folders) - keep_last) :])}
+    deleted = [folder for folder in folders if folder.name not in kept]
+    for folder in deleted:
+        (folder / STATE).unlink()  # first: a half-deleted checkpoint is none
+        shutil.rmtree(folder)
+    return deleted
+
+
+def _step_folders(checkpoints: Path) -> list[Path]:
+    return [path.parent for path in checkpoints.glob(f"step_*/{STATE}")]
+
+
+def _write_folder(folder: Path, files: dict[str, dict[str, Tensor]], header: dict[str, Any]) -> None:
+    temporary = folder.with_name(f".{folder.name}.writing")
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)  # a crash between the two renames below
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        checks = {}
+        for name, tensors in files.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
+            _sync(temporary / name)
+            checks[name] = {"bytes": (temporary / name).stat().st_size, "xxh3_128": _hash(temporary / name)}
+        (temporary / STATE).write_text(json.dumps({**header, "files": checks}, indent=1))
+        _sync(temporary / STATE)
+        _sync(temporary)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checked_header(engine: Engine, folder: Path) -> dict[str, Any]:
+    """The header on every rank; rank 0 checks the files, every rank the shapes."""
+    header, error = {}, None
+    try:
+        header = _read_header(folder)
+        if engine.ranks.is_main:
+            _check_files(folder, header)
+        _check_shapes(folder, shapes(engine), engine.module)
+    except ParallelError as failure:
+        error = str(failure)
+    raise_together(error, engine.ranks)
+    return header
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    try:
+        header = json.loads((folder / STATE).read_text())
+    except OSError as error:
+        raise ParallelError(f"Cannot read checkpoint {folder}: {error}. Give the folder that holds {STATE}.") from error
+    except ValueError as error:
+        raise ParallelError(f"Checkpoint file {folder / STATE} is damaged: {error}. Use another checkpoint.") from error
+    if header.get("format") != FORMAT:
+        raise ParallelError(f"Checkpoint {folder} has format {header.get('format')}; this version reads {FORMAT}.")
+    return header
+
+
+def _check_files(folder: Path, header: dict[str, Any]) -> None:
+    for name, check in header["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else 0
+        if size != check["bytes"]:
+            problem = f"has {size} bytes instead of {check['bytes']}"
+        elif _hash(path) != check["xxh3_128"]:
+            problem = "does not match its checksum"
+        else:
+            continue
+        raise ParallelError(f"Checkpoint file {path} is damaged: it {problem}. Use another checkpoint.")
+
+
+def _check_shapes(folder: Path, ours: dict[str, tuple[int, ...]], module: nn.Module) -> None:
+    ours = {**ours, **{name: tuple(buffer.shape) for name, buffer in _persistent_buffers(module).items()}}
+    try:
+        with safe_open(folder / MODEL, "pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ParallelError(f"Checkpoint file {folder / MODEL} is damaged: {error}. Use another checkpoint.") from error
+    problems = [f"{name} is missing" for name in ours if name not in saved]
+    problems += [f"{name} is unexpected" for name in saved if name not in ours]
+    problems += [
+        f"{name} has shape {saved[name]} instead of {shape}"
+        for name, shape in ours.items()
+        if name in saved and saved[name] != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise ParallelError(f"Checkpoint {folder} does not fit the model: {shown}. Build the model as it was saved.")
+
+
+def _restore(engine: Engine, folder: Path, kinds: tuple[str, ...]) -> None:
+    with safe_open(folder / MODEL, "pt") as model, safe_open(folder / OPTIMIZER, "pt") as optimizer:
+
+        def read(kind: str, name: str) -> Tensor:
+            return model.get_tensor(name) if kind == VALUE else optimizer.get_tensor(f"{kind}/{name}")
+
+        scatter(engine, read, kinds)
+        _restore_buffers(engine.module, model)
+
+
+def _restore_buffers(module: nn.Module, file: Any) -> None:
+    with torch.no_grad():
+        for name, buffer in _persistent_buffers(module).items():
+            buffer.copy_(file.get_tensor(name))
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}

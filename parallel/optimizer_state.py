@@ -1,0 +1,190 @@
+"""Where a rank's fp32 master weights and optimizer moments lie inside DeepSpeed, at any ZeRO stage.
+
+At stage 0 each parameter is its own master. At stages 1 and 2 a parameter group is one flat tensor cut into equal
+partitions, one per rank; at stage 3 each parameter is cut into equal partitions, and a rank's pieces are flattened per
+sub-group. In every case the torch optimizer holds flat tensors (`Flat.master`), and pieces of parameters lie in them at
+known offsets. DeepSpeed's own `safe_get_full_optimizer_state` knows nothing at stage 0 and only the first parameter
+group at stages 1 and 2.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from onetrain.parallel.engine import Engine
+from onetrain.parallel.process_group import Ranks
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+GATHER_CHUNK = 16_000_000  # elements per rank in one gather, so that rank 0's device never holds the whole model
+VALUE = "value"  # beside the moments' names: the fp32 weight itself
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`numel` elements of a flattened parameter from `start`, at `offset` of the flat tensor of rank `rank`."""
+
+    name: str
+    rank: int
+    start: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One flat fp32 tensor that the torch optimizer updates here, and the pieces in it and in its peers elsewhere."""
+
+    master: Tensor
+    pieces: tuple[Piece, ...]
+    partitioned: bool  # False: every rank holds the whole
+
+    def tensors(self, engine: Engine) -> dict[str, Tensor]:
+        """The master and its moments by name; moments are made, zero, where the optimizer has not stepped yet."""
+        moments = MOMENTS[engine.optimizer_options.name]
+        state = engine.optimizer.state[self.master]
+        for moment in moments:
+            if moment not in state:
+                state[moment] = torch.zeros_like(self.master)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=self.master.device)
+        return {VALUE: self.master.detach(), **{moment: state[moment] for moment in moments}}
+
+
+def flats(engine: Engine) -> list[Flat]:
+    """Every flat tensor of this rank, in the same order on all ranks."""
+    trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and p.numel()}
+    if engine.zero_stage == 0:
+        return [Flat(p, (Piece(name, 0, 0, 0, p.numel()),), partitioned=False) for name, p in trainable.items()]
+    names = {id(parameter): name for name, parameter in trainable.items()}
+    zero = engine.deepspeed.optimizer
+    if engine.zero_stage == 3:
+        return list(_partitioned_parameters(zero, names, engine.ranks.world_size))
+    return list(_partitioned_groups(zero, names, engine.ranks.world_size))
+
+
+def _partitioned_groups(zero: Any, names: dict[int, str], world_size: int) -> Iterator[Flat]:
+    """Stages 1 and 2: a group's parameters follow each other, padded, and are cut where the ranks' partitions meet."""
+    if hasattr(zero, "bf16_groups"):  # BF16_Optimizer, stage 1 with fp32 gradient accumulation
+        masters, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+        offsets = [_running(parameters) for parameters in groups]
+    else:
+        masters, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        offsets = zero.round_robin_bit16_offsets
+    for master, parameters, group_offsets in zip(masters, groups, offsets, strict=True):
+        size = master.numel()
+        pieces = []
+        for parameter, begin in zip(parameters, group_offsets, strict=True):
+            end = begin + parameter.numel()
+            for rank in range(begin // size, min((end - 1) // size + 1, world_size)):
+                low, high = max(begin, rank * size), min(end, (rank + 1) * size)
+                pieces.append(Piece(names[id(parameter)], rank, low - begin, low - rank * size, high - low))
+        yield Flat(master, tuple(pieces), partitioned=True)
+
+
+def _partitioned_parameters(zero: Any, names: dict[int, str], world_size: int) -> Iterator[Flat]:
+    """Stage 3: every rank holds the same share of each parameter, the last one padded."""
+    for master, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        pieces = []
+        offset = 0
+        for parameter in parameters:
+            share = parameter.partition_numel()
+            for rank in range(world_size):
+                numel = min(share, parameter.ds_numel - rank * share)
+                if numel > 0:
+                    pieces.append(Piece(names[id(parameter)], rank, rank * share, offset, numel))
+            offset += share
+        yield Flat(master, tuple(pieces), partitioned=True)
+
+
+def _running(parameters: list[Tensor]) -> list[int]:
+    offsets, total = [], 0
+    for parameter in parameters:
+        offsets.append(total)
+        total += parameter.numel()
+    return offsets
+
+
+def shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """The full shape of every parameter."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """{"value" | moment: {name: full fp32 tensor on CPU}} on rank 0, empty elsewhere; every rank takes part."""
+    full: dict[str, dict[str, Tensor]] = {kind: {} for kind in (VALUE, *MOMENTS[engine.optimizer_options.name])}
+    shape = shapes(engine)
+    for flat in flats(engine):
+        for kind, tensor in flat.tensors(engine).items():
+            parts = _gather_flat(tensor, engine.ranks) if flat.partitioned else [tensor.detach().cpu().flatten()]
+            if not engine.ranks.is_main:
+                continue
+            for piece in flat.pieces:
+                if piece.name not in full[kind]:
+                    full[kind][piece.name] = torch.empty(shape[piece.name], dtype=torch.float32)
+                part = parts[piece.rank].narrow(0, piece.offset, piece.numel)
+                full[kind][piece.name].view(-1).narrow(0, piece.start, piece.numel).copy_(part)
+    with frozen_parameters(engine) as frozen:
+        if engine.ranks.is_main:
+            full[VALUE].update({name: parameter.detach().float().cpu() for name, parameter in frozen.items()})
+    return full
+
+
+def scatter(engine: Engine, read: Callable[[str, str], Tensor], kinds: tuple[str, ...]) -> None:
+    """Sets this rank's pieces of `kinds` ("value", moments) to `read(kind, name)`, full fp32 tensors on CPU.
+
+    With moments the optimizer's own step count becomes `engine.step`. Every rank takes part: the module's weights are
+    then made from the masters.
+    """
+    for flat in flats(engine):
+        tensors = flat.tensors(engine)
+        mine = [p for p in flat.pieces if not flat.partitioned or p.rank == engine.ranks.rank]
+        for kind in kinds:
+            for piece in mine:
+                part = read(kind, piece.name).view(-1).narrow(0, piece.start, piece.numel)
+                tensors[kind].view(-1).narrow(0, piece.offset, piece.numel).copy_(part)
+        if len(kinds) > 1:
+            engine.optimizer.state[flat.master]["step"].fill_(engine.step)
+    if VALUE in kinds:
+        with frozen_parameters(engine) as frozen, torch.no_grad():
+            for name, parameter in frozen.items():
+                parameter.copy_(read(VALUE, name))
+        _refresh_module(engine)
+
+
+@contextmanager
+def frozen_parameters(engine: Engine) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters that no optimizer holds, by name, whole on every rank; rank 0's changes to them are kept."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    with GatheredParameters(list(frozen.values()), modifier_rank=0):
+        yield frozen
+
+
+def _refresh_module(engine: Engine) -> None:
+    """Copies the masters into the weights that the forward pass uses."""
+    zero = engine.deepspeed.optimizer
+    if engine.zero_stage in (1, 2):
+        zero.update_lp_params()
+    elif engine.zero_stage == 3:
+        zero._partition_all_parameters()
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _gather_flat(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Every rank's `tensor` (one size on all), on rank 0's CPU."""
+    parts = [torch.empty(tensor.numel(), dtype=torch.float32) for _ in range(ranks.world_size if ranks.is_main else 0)]
+    for begin in range(0, tensor.numel(), GATHER_CHUNK):
+        chunk = tensor[begin : begin + GATHER_CHUNK].to(ranks.device)
+        received = [torch.empty_like(chunk) for _ in range(ranks.world_size)] if ranks.is_main else None
+        dist.gather(chunk, received, dst=0)
+        for part, piece in zip(parts, received or [], strict=True):
+            part[begin : begin + GATHER_CHUNK].copy_(piece)
+    return parts
