@@ -14,14 +14,16 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from onetrain.launcher.config_messages import Location, describe, dotted, mismatch
 from onetrain.launcher.config_yaml import dump_yaml, parse_yaml
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
-from pydantic import TypeAdapter, ValidationError
 
 PathOrNone = TypeVar("PathOrNone", str, str | None)
 METRICS = ("recall", "ndcg", "hr", "mrr")
@@ -159,7 +161,7 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
     Through JSON, because only there does pydantic's strict mode take a list for a tuple and a mapping for a section.
     """
     try:
-        config = TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra="forbid")
+        config = _adapter().validate_json(json.dumps(tree), strict=True, extra="forbid")
     except ValidationError as error:
         problems.extend(describe(detail) for detail in error.errors(include_url=False))
         return None
@@ -168,6 +170,11 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
         if type(values.get(location)) is int and type(value) is not int:
             problems.append(mismatch(location, value))
     return config
+
+
+@cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
 
 
 def _leaves(value: Any, location: Location = ()) -> Iterator[tuple[Location, Any]]:

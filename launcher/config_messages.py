@@ -7,8 +7,9 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from onetrain.launcher.options import RunConfig
 from pydantic_core import ErrorDetails
+
+from onetrain.launcher.options import RunConfig
 
 Location = tuple[int | str, ...]
 

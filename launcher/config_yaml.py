@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import yaml
+
 from onetrain.launcher.errors import ConfigError
 
 _FLOAT = re.compile(
@@ -43,12 +44,19 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """PyYAML folds the rarer line breaks away unless they are escaped, which it does in double quotes."""
+    rare = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar(_TAG + "str", text, '"' if rare else None)
+
+
 _Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(_TAG + "int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, _FLOAT_STARTS)
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"<<$"), ["<"])
 _Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, _FLOAT_STARTS)
+_Dumper.add_representer(str, _represent_text)
 for _kind in (list, tuple):
     _Dumper.add_representer(_kind, lambda dumper, data: dumper.represent_sequence(_TAG + "seq", data, flow_style=True))
 

@@ -145,9 +145,7 @@ def _start_wandb(config: RunConfig, folder: Path) -> Any:
 
     try:
         # WANDB_MODE is how wandb's users say it for a whole machine; a missing account means offline
-        wanted = os.environ.get("WANDB_MODE") or (
-            "online" if wandb.login(prompt=False, verify=False) else "offline"
-        )
+        wanted = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         if wanted == "disabled":
             return None
         return _init_wandb(config, folder, "online" if wanted == "online" else "offline")

@@ -1,0 +1,247 @@
+"""The `onetrain` command. Every verb reads one YAML file; the work is imported when a verb runs, so that help is quick.
+
+Under torchrun: `torchrun --nproc-per-node 2 -m onetrain.launcher.cli train CONFIG`.
+
+Exit codes: 0 done, 2 configuration or command line, 3 data, 4 parallelism, 5 cluster, 6 no disk space, 130 Ctrl-C.
+Anything else is a bug and keeps its traceback (exit code 1).
+"""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from onetrain.launcher.config import load_config, run_folder
+from onetrain.launcher.console import print_error, print_message, print_table, progress
+from onetrain.launcher.environment import package_version
+from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.report_tables import codebook_rows, preparation_rows
+
+NO_SPACE = 6
+STOPPED = 130
+
+
+class _Verbs(TyperGroup):
+    """Ends a verb that failed for a reason the user can mend with one message and that reason's exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_message("stopped by Ctrl-C")
+            raise typer.Exit(STOPPED) from None
+        except Exception as error:
+            reason = getattr(error, "cause", None) or error  # Ray carries a worker's exception as the cause of its own
+            if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = f" for {reason.filename}" if reason.filename else ""
+                print_error(f"no disk space left{where}; free some, or move data.prepared or storage_path")
+                raise typer.Exit(NO_SPACE) from error
+            if not type(reason).__module__.startswith("onetrain.") or not hasattr(reason, "exit_code"):
+                raise
+            print_error(str(reason))
+            raise typer.Exit(reason.exit_code) from error
+
+
+app = typer.Typer(
+    name="onetrain",
+    cls=_Verbs,
+    help="Train generative recommenders of the OneRec family, from raw behaviour logs to an evaluated model.\n\n"
+    "The usual order: doctor, prepare, tokenize, debug, train, evaluate, all with the same YAML file. "
+    "`onetrain VERB --help` shows an example of each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The job's YAML file.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key of the file, the value in YAML, e.g. `train.steps=100`. May be repeated.",
+        show_default=False,
+    ),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", help="Ray cluster to join; short for `--set cluster.address=...`.", show_default=False),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"onetrain {package_version('onetrain')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _onetrain(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: `onetrain prepare configs/demo.yaml`")
+def prepare(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Read raw logs into shards, an item table and a manifest, in the folder data.prepared.
+
+    Reads the sections data.source and data.split. Prints what the logs held and what was dropped, by which rule.
+    An interrupted run leaves nothing behind, and an earlier folder is replaced only after success.
+    """
+    options = load_config(config, overrides or ()).data
+    from onetrain.data.prepare import prepare as run
+
+    with progress() as report:
+        manifest = run(options, report)
+    print_table(f"prepared {options.prepared}", ["", "value"], preparation_rows(manifest))
+
+
+@app.command(epilog="Example: `onetrain tokenize configs/demo.yaml --set tokenizer.iterations=100`")
+def tokenize(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Give every prepared item its semantic ID (SID) by residual K-means over item embeddings.
+
+    Reads the section tokenizer, writes the codebooks and the item-to-SID map into data.prepared/sids, and prints the
+    codebook report: utilisation, entropy and collision rates of every level.
+    """
+    options = load_config(config, overrides or ())
+    from onetrain.launcher.tokenize import tokenize as run
+
+    with progress() as report:
+        codebooks = run(options, report)
+    title = f"codebooks of {options.data.prepared} (collisions: {codebooks.collisions})"
+    columns = ["", "before the collision rule", "after"]
+    print_table(title, columns, codebook_rows(codebooks), ["entropy in nats"])
+
+
+@app.command(epilog="Example: `onetrain train configs/demo.yaml --workers 2`")
+def train(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Ranks to start; short for `--set cluster.workers=N`.", show_default=False),
+    ] = None,
+    address: AddressOption = None,
+) -> None:
+    """Train on a Ray worker group; starts a local Ray unless an address is given.
+
+    The run writes into storage_path/name and goes on from its newest checkpoint, if there is one. Where RANK and
+    WORLD_SIZE are set, as torchrun does, this process is one rank and Ray is not used:
+    `torchrun --nproc-per-node 2 -m onetrain.launcher.cli train CONFIG`.
+    """
+    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if distributed and (workers is not None or address is not None):
+        raise ConfigError("--workers and --address start a Ray worker group, but RANK and WORLD_SIZE are already set")
+    options = load_config(config, [*(overrides or ()), *_cluster_overrides(workers, address)])
+    from onetrain.launcher.train import train as run
+
+    if distributed:
+        result = run(options)
+        if os.environ["RANK"] != "0":
+            return
+    else:
+        from onetrain.cluster.worker_group import run_on_workers
+
+        threads = options.train.threads_per_worker
+        result = run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
+    print_table(f"trained {options.name}", ["", "value"], [[name, value] for name, value in result.items()])
+    print_message(f"run folder: {run_folder(options)}")
+
+
+@app.command(epilog="Example: `onetrain debug configs/demo.yaml --overfit 100`")
+def debug(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Training steps to run (20 unless told).", show_default=False)
+    ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(
+            "--overfit",
+            min=1,
+            metavar="STEPS",
+            help="Train on one batch for so many steps; its loss should fall towards 0.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train a few steps inside this process, on CPU or one GPU: breakpoints work, nothing is started.
+
+    Checks that every parameter receives a finite gradient.
+    """
+    if steps is not None and overfit is not None:
+        raise ConfigError("--steps and --overfit both say how many steps to run; give one of them")
+    options = load_config(config, overrides or ())
+    from onetrain.launcher.debug import debug as run
+
+    run(options, steps=overfit or steps or 20, overfit=overfit is not None)
+
+
+@app.command(epilog="Example: `onetrain evaluate configs/demo.yaml --checkpoint best --split test`")
+def evaluate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="`best`, `latest`, or the folder of a checkpoint.")
+    ] = "best",
+    split: Annotated[Literal["valid", "test"], typer.Option("--split", help="Which events to predict.")] = "test",
+) -> None:
+    """Rank items for every user of a split, and print Recall, NDCG, HR and MRR beside the floors.
+
+    The floors are popularity and the last item's transitions. The table is kept as evaluation.json in the run folder.
+    """
+    options = load_config(config, overrides or ())
+    from onetrain.launcher.evaluate import evaluate as run
+
+    with progress() as report:
+        table = run(options, checkpoint, split, report)
+    print_table(table.title, table.columns, table.rows, table.notes)
+    path = run_folder(options) / "evaluation.json"
+    table.save(path)
+    print_message(f"saved: {path}")
+
+
+@app.command(epilog="Example: `onetrain doctor configs/demo.yaml`")
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Also check what this job needs.", show_default=False)
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Check versions, devices, Ray, shared memory and disk: what would fail, before it fails.
+
+    Ends with exit code 1 if a check failed.
+    """
+    if config is None and overrides:
+        raise ConfigError("--set changes a configuration; name its file too")
+    options = None if config is None else load_config(config, overrides or ())
+    from onetrain.launcher.doctor import checks
+
+    results = checks(options)
+    print_table("doctor", ["check", "state", "detail"], [[c.name, c.state, c.detail] for c in results])
+    if any(check.state == "fail" for check in results):
+        raise typer.Exit(1)
+
+
+def _cluster_overrides(workers: int | None, address: str | None) -> list[str]:
+    given = {"cluster.workers": workers, "cluster.address": address}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
