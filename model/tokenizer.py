@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onetrain.model.codebook_report import CodebookReport, code_statistics
-from onetrain.model.options import TokenizerOptions
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise_distances_argmin
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from onetrain.model.codebook_report import CodebookReport, code_statistics
+from onetrain.model.options import TokenizerOptions
 
 Codes = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -31,7 +32,7 @@ class Codebooks:
     """
 
     centres: tuple[Floats, ...]
-    codes_IL: Codes  # noqa: N815
+    codes_IL: Codes
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ class TokenizedItems:
     `extra_level`.
     """
 
-    codes_IL: Codes  # noqa: N815
+    codes_IL: Codes
     sizes: tuple[int, ...]
     codebooks: Codebooks
     report: CodebookReport

@@ -3,6 +3,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+
 from onetrain.data.errors import DataError
 from onetrain.data.sids import SidMap
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+
 from onetrain.data import simulate
 from onetrain.data.errors import DataError
 from onetrain.data.options import SimulatorOptions

@@ -3,6 +3,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+
 from onetrain.model.codebook_report import code_statistics
 from onetrain.model.options import TokenizerOptions
 from onetrain.model.tokenizer import Codebooks, ResidualKMeans, extra_level, next_free, tokenize_items
