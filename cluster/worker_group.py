@@ -1,0 +1,237 @@
+"""The worker group: one Ray actor per rank, placed together, started together, ended together.
+
+A rank that dies cannot rejoin its process group, so nothing is restarted here: the group ends as a whole, and the
+caller decides about another attempt.
+"""
+
+import ipaddress
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from onetrain.cluster.errors import ClusterError
+from onetrain.cluster.local_ray import ray_session
+from onetrain.cluster.options import ClusterOptions
+from onetrain.cluster.worker import Mailbox, Outcome, Worker
+
+T = TypeVar("T")
+
+STOP_GRACE_S = 5.0  # between asking the workers to stop and killing them
+FAILURE_GRACE_S = 2.0  # one failing rank breaks the others' collectives; wait this long for the cause among the effects
+
+
+def run_on_workers(
+    fn: Callable[..., T],
+    args: tuple[Any, ...],
+    options: ClusterOptions,
+    threads_per_worker: int,
+    on_message: Callable[[str], None] | None = None,
+) -> list[T]:
+    """Run `fn(*args)` once per rank on Ray and return the results in rank order.
+
+    `fn` needs to know nothing of Ray: it finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT and OMP_NUM_THREADS (= `threads_per_worker`) in its environment, and runs in the main thread of its own
+    process, in the driver's working directory where its node has that. Where Ray masks the GPUs (`gpus_per_worker` >
+    0) LOCAL_RANK is 0, the first of the visible ones. What rank 0 prints goes line by line to `on_message` (default:
+    print); the other ranks' output stays in Ray's log files.
+
+    Ctrl-C reaches `fn` as a KeyboardInterrupt on every rank; a rank still running 5 s later is killed.
+
+    Raises:
+        ClusterError: Ray cannot be reached, resources are missing after `start_timeout_s`, the master port is in use,
+            or a worker died.
+        Exception: what the first failing rank raised, with its traceback as a note.
+    """
+    with ray_session(options):
+        group = WorkerGroup(options, threads_per_worker)
+        try:
+            group.start()
+            return group.run(fn, args, on_message or print)
+        except RayError as error:
+            raise ClusterError(f"Ray failed: {error}") from error
+        finally:
+            group.shut_down()
+
+
+class WorkerGroup:
+    """`options.workers` actors in one placement group; `start`, `run` once, and always `shut_down`."""
+
+    def __init__(self, options: ClusterOptions, threads_per_worker: int) -> None:
+        self.nodes: list[str] = []  # node address of each rank
+        self._options = options
+        self._threads_per_worker = threads_per_worker
+        self._placement: PlacementGroup | None = None
+        self._workers: list[Any] = []
+        self._pids: list[int] = []
+        self._mailbox: Any = None
+
+    def start(self) -> None:
+        """Reserve the resources, start one actor per rank, and give each its rank's environment.
+
+        Raises:
+            ClusterError: not enough resources, an actor that does not start, or a master port in use.
+        """
+        options = self._options
+        deadline = time.monotonic() + options.start_timeout_s
+        bundle = {"CPU": options.cpus_per_worker}
+        if options.gpus_per_worker:
+            bundle["GPU"] = options.gpus_per_worker
+        self._placement = placement_group([bundle] * options.workers, strategy="PACK")
+        if not self._placement.wait(options.start_timeout_s):
+            raise ClusterError(_shortage(options))
+
+        places = _sorted_places(self._placement)
+        self.nodes = [address for address, _, _ in places]
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=options.workers + 8).remote()
+        for rank, (address, _, bundle_index) in enumerate(places):
+            actor = ray.remote(Worker).options(
+                num_cpus=options.cpus_per_worker,
+                num_gpus=options.gpus_per_worker,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, bundle_index),
+            )
+            self._workers.append(actor.remote(rank, address, self._mailbox))
+        try:
+            self._pids = ray.get([w.pid.remote() for w in self._workers], timeout=deadline - time.monotonic())
+        except GetTimeoutError:
+            raise ClusterError(
+                f"the {options.workers} workers were placed but did not start within cluster.start_timeout_s = "
+                f"{options.start_timeout_s:g} s; raise it if the nodes are slow to import, and see Ray's worker logs"
+            ) from None
+        except RayError as error:
+            raise ClusterError(
+                f"a worker did not start; is onetrain installed on every node? Ray says: {error}"
+            ) from error
+
+        port = ray.get(self._workers[0].find_port.remote(options.master_port))
+        if port is None:
+            raise ClusterError(
+                f"port {options.master_port} is in use on node {self.nodes[0]}, where rank 0 runs; choose another "
+                "cluster.master_port, or leave it out to take a free one"
+            )
+        ray.get(
+            [
+                worker.set_up.remote(environment, os.getcwd())
+                for worker, environment in zip(self._workers, self._environments(places, port), strict=True)
+            ]
+        )
+
+    def run(self, fn: Callable[..., T], args: tuple[Any, ...], on_message: Callable[[str], None]) -> list[T]:
+        """Run `fn(*args)` on every rank; see `run_on_workers`."""
+        call = ray.put(cloudpickle.dumps((fn, args)))
+        pending = {worker.run.remote(call): rank for rank, worker in enumerate(self._workers)}
+        lines = self._mailbox.take.remote()
+        outcomes: dict[int, Outcome | ClusterError] = {}
+        give_up = float("inf")
+        try:
+            while pending and (left := give_up - time.monotonic()) > 0:
+                # `lines` last, so that steady printing cannot hide a failed rank
+                ready, _ = ray.wait([*pending, lines], timeout=None if left == float("inf") else left)
+                for ref in ready:
+                    if ref == lines:
+                        _deliver(lines, on_message)
+                        lines = self._mailbox.take.remote()
+                        continue
+                    rank = pending.pop(ref)
+                    outcomes[rank] = outcome = self._outcome(ref, rank)
+                    if isinstance(outcome, ClusterError) or outcome.failed_at is not None:
+                        give_up = min(give_up, time.monotonic() + FAILURE_GRACE_S)
+        except (KeyboardInterrupt, SystemExit):
+            self._mailbox.stop.remote()
+            ray.wait(list(pending), num_returns=len(pending), timeout=STOP_GRACE_S)
+            raise
+        finally:
+            self._mailbox.put.remote([])
+            for rest in (lines, self._mailbox.take.remote(wait=False)):
+                _deliver(rest, on_message)
+        _raise_first_failure(outcomes)
+        return [cloudpickle.loads(outcomes[rank].pickled) for rank in sorted(outcomes)]  # type: ignore[union-attr]
+
+    def shut_down(self) -> None:
+        """Kill every actor and remove the placement group; safe to call at any time."""
+        for actor in [*self._workers, self._mailbox]:
+            if actor is not None:
+                ray.kill(actor)
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+        self._workers, self._mailbox, self._placement = [], None, None
+
+    def _environments(self, places: list[tuple[str, str, int]], port: int) -> list[dict[str, str]]:
+        """The environment variables of each rank."""
+        node_ids = [node_id for _, node_id, _ in places]
+        masked = self._options.gpus_per_worker > 0
+        return [
+            {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(places)),
+                "LOCAL_RANK": "0" if masked else str(node_ids[:rank].count(node_id)),
+                "LOCAL_WORLD_SIZE": str(node_ids.count(node_id)),
+                "MASTER_ADDR": self.nodes[0],
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(self._threads_per_worker),
+            }
+            for rank, node_id in enumerate(node_ids)
+        ]
+
+    def _outcome(self, ref: Any, rank: int) -> Outcome | ClusterError:
+        """How a rank ended; a dead process is a ClusterError."""
+        try:
+            return ray.get(ref)
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            return ClusterError(
+                f"the worker of rank {rank} on node {self.nodes[rank]} (pid {self._pids[rank]}) died; the others were "
+                f"stopped. Ray says: {reason}"
+            )
+
+
+def _sorted_places(placement: PlacementGroup) -> list[tuple[str, str, int]]:
+    """(node address, node id, bundle index) of each rank: ranks of one node are contiguous."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    nodes = placement_group_table(placement)["bundles_to_node_id"]
+    places = [(addresses[node_id], node_id, int(index)) for index, node_id in nodes.items()]
+    return sorted(places, key=lambda place: (ipaddress.ip_address(place[0]).packed, *place[1:]))
+
+
+def _deliver(lines: Any, on_message: Callable[[str], None]) -> None:
+    """Hand over the lines that rank 0 printed."""
+    for line in ray.get(lines):
+        on_message(line)
+
+
+def _raise_first_failure(outcomes: dict[int, Outcome | ClusterError]) -> None:
+    """Raise the cause, if any rank failed: a death before all, then user-facing errors, then the earliest."""
+    for _, outcome in sorted(outcomes.items()):
+        if isinstance(outcome, ClusterError):
+            raise outcome
+    failed = [o for o in outcomes.values() if isinstance(o, Outcome) and o.failed_at is not None]
+    if failed:
+        errors = [cloudpickle.loads(o.pickled) for o in sorted(failed, key=lambda o: o.failed_at or 0.0)]
+        raise min(errors, key=lambda error: not hasattr(error, "exit_code"))
+
+
+def _shortage(options: ClusterOptions) -> str:
+    """The wanted resources beside those of the cluster, as a small table."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    worker = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+    rows = {
+        "one worker wants": worker,
+        f"{options.workers} workers want": {kind: options.workers * amount for kind, amount in worker.items()},
+        "cluster has free": free,
+        "cluster has in all": total,
+    }
+    rows |= {f"  node {node['NodeManagerAddress']}": node["Resources"] for node in ray.nodes() if node["Alive"]}
+    width = max(len(name) for name in rows)
+    table = "\n".join(f"  {name:{width}}{row.get('CPU', 0):8g}{row.get('GPU', 0):8g}" for name, row in rows.items())
+    return (
+        f"not enough resources for the worker group after cluster.start_timeout_s = {options.start_timeout_s:g} s:\n"
+        f"  {'':{width}}{'CPU':>8}{'GPU':>8}\n{table}\n"
+        "Lower cluster.workers, cpus_per_worker or gpus_per_worker, or free or add nodes; one node must hold a worker."
+    )
