@@ -240,7 +240,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
         yield f"evaluation.ks: given {list(ks)}, expected rising whole numbers from 1 on, for example [5, 10, 20]"
         return
-    if evaluation.method == "beam" and evaluation.beam_size < max(ks):
+    if evaluation.beam_size is not None and evaluation.beam_size < max(ks):
         yield (
             f"evaluation.beam_size: given {evaluation.beam_size}, expected at least {max(ks)}, "
             "the largest of evaluation.ks"

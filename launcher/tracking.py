@@ -9,7 +9,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
 
 RESERVED = ("step", "time", "kind")
+WANDB_TIMEOUT_S = 30  # to reach the server
 
 
 class Tracker:
@@ -72,7 +73,7 @@ class Tracker:
         """Record a table at the step logged last."""
         if not self._is_main:
             return
-        cells = [[_number(value) for value in row] for row in rows]
+        cells: list[Iterable[Any]] = [[_number(value) for value in row] for row in rows]
         record = {"step": self._last_step, "time": round(time.time(), 3), "kind": "table", "name": name}
         self._write({**record, "columns": list(columns), "rows": cells})
         if self._wandb is not None:
@@ -171,7 +172,7 @@ def _init_wandb(config: RunConfig, folder: Path, mode: Literal["online", "offlin
             config=asdict(config),
             allow_val_change=True,  # a resumed run may have, say, more steps
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT_S),
         )
     except wandb.errors.Error as error:
         raise ConfigError(

@@ -96,7 +96,7 @@ def test_every_problem_is_told_at_once(write):
         "optimizer.betas[1]: is missing; expected a number",
         "optimizer.warmup_steps: given null, expected a whole number",
         "optimizer.eps: given nan, expected a finite number",
-        "evaluation: given [] (a list), expected a section with keys among method,",
+        "evaluation: given [] (a list), expected a section with keys among ks,",
         'data.source.behaviours: the key 1 is not text; write "1"',
     ):
         assert f"\n  {line}" in message
@@ -207,9 +207,8 @@ def test_a_shared_context_needs_positions_that_every_target_shares(write):
         assert load_config(write(SMALLEST), [fine])
 
 
-def test_beams_may_be_few_where_no_beam_is_used(write):
-    overrides = ["evaluation.beam_size=1", "evaluation.method=exhaustive"]
-    assert load_config(write(SMALLEST), overrides).evaluation.beam_size == 1
+def test_no_beam_size_means_every_sid(write):
+    assert load_config(write(SMALLEST), ["evaluation.beam_size=null"]).evaluation.beam_size is None
 
 
 def test_check_refuses_what_was_built_in_code():

@@ -1,0 +1,183 @@
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import wandb
+
+from onetrain.data.options import DataOptions
+from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.options import RunConfig, TrackingOptions, TrainOptions
+from onetrain.launcher.tracking import Tracker, cut_records
+
+CONFIG = RunConfig("my-run", data=DataOptions(prepared="/prepared"), tracking=TrackingOptions(wandb="disabled"))
+OFFLINE = replace(CONFIG, tracking=TrackingOptions(wandb="offline", project="shop", tags=("a",)))
+AUTO = replace(CONFIG, tracking=TrackingOptions())
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("onetrain.launcher.tracking.WANDB_TIMEOUT_S", 2)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield
+    wandb.teardown()  # forgets the account
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_are_on_disk_as_they_are_logged(tmp_path):
+    tracker = Tracker(CONFIG, tmp_path, is_main=True)
+    tracker.log(1, {"loss": 0.5, "tokens": np.int64(7), "norm": torch.tensor(2.0)})
+    tracker.log(1, {"recall@10": np.float32(0.25)}, kind="valid")
+    first, second = records(tmp_path)
+    assert {key: first[key] for key in ("step", "kind", "loss", "tokens", "norm")} == {
+        "step": 1,
+        "kind": "train",
+        "loss": 0.5,
+        "tokens": 7,
+        "norm": 2.0,
+    }
+    assert (second["kind"], second["recall@10"]) == ("valid", 0.25)
+    assert 0 <= second["time"] - first["time"] < 60
+    tracker.close()
+
+
+def test_nan_and_infinity_become_null(tmp_path):
+    with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
+        tracker.log(1, {"loss": float("nan"), "norm": torch.tensor(float("inf")), "fine": 1})
+        tracker.table("results", ["method", "recall"], [["popularity", float("nan")]])
+    first, table = records(tmp_path)
+    assert (first["loss"], first["norm"], first["fine"]) == (None, None, 1)
+    assert table["rows"] == [["popularity", None]]
+
+
+def test_a_table_is_recorded_at_the_last_step(tmp_path):
+    with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
+        tracker.log(30, {"loss": 1.0})
+        tracker.table("results", ["method", "recall"], [["popularity", np.float64(0.5)], ["model", "-"]])
+    table = records(tmp_path)[1]
+    assert (table["step"], table["kind"], table["name"]) == (30, "table", "results")
+    assert table["columns"] == ["method", "recall"]
+    assert table["rows"] == [["popularity", 0.5], ["model", "-"]]
+
+
+@pytest.mark.parametrize("name", ["step", "time", "kind"])
+def test_a_metric_cannot_take_the_name_of_a_field(tmp_path, name):
+    with Tracker(CONFIG, tmp_path, is_main=True) as tracker, pytest.raises(ValueError, match=name):
+        tracker.log(1, {name: 1.0})
+    assert records(tmp_path) == []
+
+
+def test_only_rank_0_writes(tmp_path):
+    with Tracker(OFFLINE, tmp_path / "run", is_main=False) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker.table("results", ["a"], [[1]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_keeps_one_value_per_step(tmp_path):
+    with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
+        for step in range(1, 8):
+            tracker.log(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ti')  # died while writing
+    with Tracker(CONFIG, tmp_path, is_main=True, start_step=4) as tracker:
+        for step in range(5, 8):
+            tracker.log(step, {"loss": -float(step)})
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [
+        *((step, float(step)) for step in range(1, 5)),
+        *((step, -float(step)) for step in range(5, 8)),
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_new_start_empties_the_records(tmp_path):
+    with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
+        tracker.log(0, {"loss": 1.0})
+        tracker.log(1, {"loss": 1.0})
+    with Tracker(CONFIG, tmp_path, is_main=True):
+        assert records(tmp_path) == []
+
+
+def test_a_dropped_record_is_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[]\n{"ste\n{"step": 2}\n')
+    cut_records(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    warnings = capsys.readouterr().err
+    assert "line 2" in warnings
+    assert "line 3" in warnings
+
+
+def test_wandb_offline_keeps_one_id_over_restarts(tmp_path, capsys):
+    for start_step in (0, 1):
+        with Tracker(OFFLINE, tmp_path, is_main=True, start_step=start_step) as tracker:
+            tracker.log(start_step + 1, {"loss": 0.5, "odd": float("nan")})
+            tracker.table("results", ["method", "recall"], [["popularity", 0.5], ["model", "-"]])
+    name = (tmp_path / "wandb_run_id").read_text().strip()
+    files = list(tmp_path.glob(f"wandb/offline-run-*-{name}*/run-{name}.wandb"))
+    assert files
+    written = b"".join(file.read_bytes() for file in files)
+    for part in (b"my-run", b"shop", b"train/loss", b"results", b"codebook"):  # codebook: of the configuration
+        assert part in written
+    assert "wandb: offline" in capsys.readouterr().err
+    assert wandb.run is None
+
+
+def test_a_run_that_never_resumes_gets_a_new_wandb_id(tmp_path):
+    never = replace(OFFLINE, train=TrainOptions(resume="never"))
+    names = set()
+    for _ in range(2):
+        Tracker(never, tmp_path, is_main=True).close()
+        names.add((tmp_path / "wandb_run_id").read_text())
+    assert len(names) == 2
+
+
+def test_auto_without_an_account_is_offline(tmp_path):
+    Tracker(AUTO, tmp_path, is_main=True).close()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_auto_follows_wandb_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Tracker(AUTO, tmp_path, is_main=True).close()
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_auto_with_a_broken_account_says_why_and_goes_on_offline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    Tracker(AUTO, tmp_path, is_main=True).close()
+    message = capsys.readouterr().err
+    assert re.search(r"warning: wandb cannot go online.*WANDB_API_KEY invalid", message)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_auto_goes_on_offline_when_the_server_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    Tracker(AUTO, tmp_path, is_main=True).close()
+    assert "wandb cannot go online" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_online_without_an_account_is_an_error(tmp_path):
+    online = replace(CONFIG, tracking=TrackingOptions(wandb="online"))
+    with pytest.raises(ConfigError, match=r"tracking\.wandb: wandb cannot start online"):
+        Tracker(online, tmp_path, is_main=True)
+
+
+def test_an_exception_marks_the_wandb_run_as_failed(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr(wandb.Run, "finish", lambda self, exit_code: codes.append(exit_code))
+    for error in (RuntimeError("a bug"), ConfigError("a reason")):
+        with pytest.raises(type(error)), Tracker(OFFLINE, tmp_path, is_main=True):
+            raise error
+    assert codes == [1, 2]
