@@ -75,3 +75,16 @@ class BatchOptions:
     target_behaviours: tuple[str, ...] = ()  # empty = every behaviour
     behaviour_weights: dict[str, float] = field(default_factory=dict)  # loss weight; 1 where absent
     min_context: int = 1  # requests with fewer earlier events are no samples
+
+    def __post_init__(self) -> None:
+        for name, weight in self.behaviour_weights.items():
+            if weight <= 0:
+                raise ValueError(
+                    f"batch.behaviour_weights gives {name} weight {weight}; weights are above 0. "
+                    "To leave a behaviour out, list the others in batch.target_behaviours"
+                )
+        if self.max_context < 1 or not 1 <= self.min_context <= self.max_context:
+            raise ValueError(
+                f"batch.min_context {self.min_context} and batch.max_context {self.max_context}: "
+                "1 <= min_context <= max_context"
+            )

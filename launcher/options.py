@@ -26,11 +26,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Ranking metrics by constrained beam search, or by scoring every item."""
+    """Ranking metrics by constrained beam search."""
 
-    method: Literal["beam", "exhaustive"] = "beam"
     ks: tuple[int, ...] = (5, 10, 20)
-    beam_size: int = 50
+    beam_size: int | None = 50  # None = as many beams as the catalogue has SIDs, which scores every item exactly
     batch_size: int = 256  # users per rank and forward
     mask_seen: bool = False
     best_metric: str = "recall@10"  # of validation; the best checkpoint maximises it

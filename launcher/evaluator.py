@@ -1,0 +1,126 @@
+"""Ranks the items of a split for every request by constrained beam search, shared out over ranks.
+
+Legend: B requests, T target slots, S seen events.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onetrain.data.batch import Batch
+from onetrain.data.errors import DataError
+from onetrain.data.order import GlobalOrder
+from onetrain.data.samples import Sample, SampleIndex, Split
+from onetrain.launcher.job import PreparedData, model_inputs
+from onetrain.launcher.options import RunConfig
+from onetrain.model.beam_search import beam_search
+from onetrain.model.lazy_decoder import LazyDecoder
+from onetrain.model.loss import next_token_loss
+from onetrain.model.ranking import beam_faults, item_ranks, ranking_metrics
+from onetrain.model.trie import SidTrie
+from onetrain.parallel.process_group import Ranks, all_reduce_sum
+
+SUBSETS = ("all", "last gap > 0 days")
+Progress = Callable[[str, int, int | None], None]
+Ranker = Callable[[Sequence[Sample], Batch], dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubsetMetrics:
+    """Means over the requests of one subset."""
+
+    requests: int
+    means: dict[str, float]
+
+
+class Evaluator:
+    """The requests of one split of a job.
+
+    The subset "last gap > 0 days" holds requests on a later day than the event before: in some data sets the order
+    within a day is an artefact.
+    """
+
+    def __init__(self, data: PreparedData, config: RunConfig, split: Split) -> None:
+        self.data, self.config = data, config
+        self.index = SampleIndex(data.reader, split, dataclasses.replace(config.batch, share_context="request"))
+        self.builder = data.builder(config)
+        codes_IL = torch.from_numpy(data.sids.codes_IL)
+        self.trie = SidTrie(codes_IL, data.sids.sizes, torch.from_numpy(data.train_count_I.astype(np.float64)))
+
+    def run(
+        self, ranker: Ranker, ranks: Ranks, max_requests: int | None = None, progress: Progress | None = None
+    ) -> dict[str, SubsetMetrics]:
+        """Means of the ranker's per-request metrics by subset, equal on all ranks; every rank takes part.
+
+        With `max_requests`, the first requests of a fixed shuffle.
+        """
+        ids = np.arange(len(self.index))
+        if max_requests is not None and max_requests < len(ids):
+            ids = GlobalOrder(len(ids), self.data.manifest.fingerprint, seed=0).sample_ids(0, max_requests)
+        if len(ids) == 0:
+            raise DataError(
+                f"The {self.index.split} split has no request to evaluate; look at data.split, batch.min_context and "
+                "batch.target_behaviours."
+            )
+        mine = ids[ranks.rank :: ranks.world_size].tolist()
+        spare = ids[:1].tolist()  # a rank without requests still has to know the metrics' names
+        sums: dict[str, dict[str, float]] = {subset: defaultdict(float) for subset in SUBSETS}
+        size = self.config.evaluation.batch_size
+        for start in range(0, max(len(mine), 1), size):
+            samples = [self.index[sample_id] for sample_id in mine[start : start + size] or spare]
+            batch = self.builder.build(samples)
+            metrics = ranker(samples, batch)
+            everyone_B = torch.full((len(samples),), bool(mine))
+            masks = {SUBSETS[0]: everyone_B, SUBSETS[1]: everyone_B & batch.new_day_BT[:, 0]}
+            for subset, mask_B in masks.items():
+                sums[subset]["requests"] += int(mask_B.sum())
+                for name, value_B in metrics.items():
+                    sums[subset][name] += float(value_B.cpu()[mask_B].sum())
+            if progress is not None:
+                progress("evaluate", min(start + size, len(mine)), len(mine))
+        return {subset: _reduce(total, ranks) for subset, total in sums.items()}
+
+    def model_ranker(self, model: LazyDecoder, device: torch.device) -> Ranker:
+        """Metrics of a model's beams, its loss per request, and the shares of invalid and duplicate beams."""
+        options = self.config.evaluation
+        trie = self.trie.to(device)
+        beam_size = options.beam_size or trie.n_leaves
+
+        @torch.no_grad()
+        def rank(samples: Sequence[Sample], batch: Batch) -> dict[str, Tensor]:
+            context, targets = model_inputs(batch, device)
+            beams = beam_search(model, context, trie, beam_size)
+            seen_BS = _seen(samples).to(device) if options.mask_seen else None
+            real_BT = targets.weight_BT > 0
+            rank_BT = item_ranks(beams, trie, batch.target_item_BT.to(device), seen_BS)
+            metrics = ranking_metrics(rank_BT, real_BT, options.ks)
+            logits, codes_ML, weight_M = model(context, targets)
+            loss = next_token_loss(logits, codes_ML, torch.ones_like(weight_M))
+            return {
+                **metrics,
+                **beam_faults(beams),
+                "loss": (loss.loss / len(codes_ML)).expand(len(samples)),
+            }
+
+        return rank
+
+
+def _seen(samples: Sequence[Sample]) -> Tensor:
+    """(B, S) items of each user's whole history before the request, -1 padded."""
+    histories = [sample.user.item[: sample.end] for sample in samples]
+    seen_BS = np.full((len(samples), max(map(len, histories))), -1, dtype=np.int64)
+    for row, history in zip(seen_BS, histories, strict=True):
+        row[: len(history)] = history
+    return torch.from_numpy(seen_BS)
+
+
+def _reduce(total: dict[str, float], ranks: Ranks) -> SubsetMetrics:
+    if ranks.world_size > 1:
+        total = dict(zip(sorted(total), all_reduce_sum([total[name] for name in sorted(total)], ranks), strict=True))
+    requests = total["requests"]
+    means = {name: value / max(requests, 1) for name, value in total.items() if name != "requests"}
+    return SubsetMetrics(int(requests), means)

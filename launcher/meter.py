@@ -1,0 +1,109 @@
+"""Speed and loss between two log lines: throughput, data wait, padding, model FLOPs, per-level loss and accuracy."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from onetrain.data.stream import Step
+from onetrain.launcher.options import RunConfig
+from onetrain.model.flops import forward_flops
+from onetrain.model.options import Vocabulary
+from onetrain.parallel.engine import StepResult
+from onetrain.parallel.process_group import Ranks, all_reduce_sum
+
+
+class Meter:
+    """Sums since the last report; `report` is a collective of all ranks."""
+
+    def __init__(self, config: RunConfig, vocabulary: Vocabulary, ranks: Ranks) -> None:
+        self.config, self.vocabulary, self.ranks = config, vocabulary, ranks
+        self.flops = forward_flops(config.model, vocabulary)
+        self._begun = time.perf_counter()
+        self._first_step_done: float | None = None
+        self._steps_since_first = 0
+        self._reset()
+
+    @contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        """Times one optimizer step, and counts what it works on."""
+        yield
+        self._waited += step.waited_s
+        self._padding.append(step.padding)
+        for batch in step.micro_batches:
+            real_BT = batch.weight_BT > 0
+            self._targets += int(real_BT.sum())
+            self._positions += int(((batch.end_BT + 1) * real_BT).sum())  # the static position is one more
+            self._events += int(batch.length_B.sum())
+            self._samples += len(batch.length_B)
+
+    @contextmanager
+    def pause(self, _what: str) -> Iterator[None]:
+        """Time that does not count as training: validation, checkpoints."""
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    def add(self, result: StepResult) -> None:
+        """The outcome of the step just done."""
+        self._results.append(result)
+        now = time.perf_counter()
+        if self._first_step_done is None:
+            self._first_step_done = now  # start-up and warm-up stay out of the estimate
+        else:
+            self._steps_since_first += 1
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report, over all ranks; starts the next interval."""
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        local = [float(self._targets), float(self._positions), float(self._events), float(self._samples), self._waited]
+        targets, positions, events, samples, waited = all_reduce_sum(local, self.ranks)
+        weight = max(sum(result.weight for result in self._results), 1e-12)
+        last = self._results[-1]
+        level_loss = torch.stack([result.stats["level_loss"] for result in self._results]).sum(0) / weight
+        level_hits = torch.stack([result.stats["level_hits"] for result in self._results]).sum(0) / weight
+        report = {
+            "loss": sum(result.loss * result.weight for result in self._results) / weight,
+            "grad_norm": last.grad_norm,
+            "learning_rate": last.learning_rate,
+            **{f"loss_level_{level}": float(value) for level, value in enumerate(level_loss)},
+            **{f"accuracy_level_{level}": float(value) for level, value in enumerate(level_hits)},
+            "samples_per_s": samples / seconds,
+            "targets_per_s": targets / seconds,
+            "tokens_per_s": targets * self.vocabulary.levels / seconds,
+            "step_s": seconds / len(self._results),
+            "data_wait": waited / self.ranks.world_size / seconds,
+            "padding": sum(self._padding) / len(self._padding),
+            "model_gflops_per_s": self.flops.training(targets, positions, events) / seconds / 1e9,
+        }
+        self._reset()
+        return report
+
+    def line(self, step: int, last_step: int, metrics: dict[str, float]) -> str:
+        """One line of progress with the time left."""
+        levels = "/".join(f"{metrics[f'accuracy_level_{level}']:.3f}" for level in range(self.vocabulary.levels))
+        return (
+            f"step {step}/{last_step}  loss {metrics['loss']:.4f}  accuracy {levels}  "
+            f"{metrics['samples_per_s']:.0f} samples/s  data wait {metrics['data_wait']:.1%}  "
+            f"{_duration(self._seconds_left(last_step - step))} left"
+        )
+
+    def _seconds_left(self, steps: int) -> float:
+        """From the pace since the first step, validations and checkpoints included."""
+        if self._first_step_done is None or self._steps_since_first == 0:
+            return steps * (time.perf_counter() - self._begun)
+        return steps * (time.perf_counter() - self._first_step_done) / self._steps_since_first
+
+    def _reset(self) -> None:
+        self._started = time.perf_counter()
+        self._paused = self._waited = 0.0
+        self._targets = self._positions = self._events = self._samples = 0
+        self._padding: list[float] = []
+        self._results: list[StepResult] = []
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

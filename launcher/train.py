@@ -1,0 +1,221 @@
+"""The training function. It reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and nothing else about
+where it runs; `onetrain debug`, the Ray worker group and torchrun all call it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from onetrain.data.batch import Batch
+from onetrain.data.order import GlobalOrder
+from onetrain.data.samples import SampleIndex
+from onetrain.data.stream import Step, TrainingStream
+from onetrain.launcher.checkpoints import Best, folder_of_checkpoints, load_best
+from onetrain.launcher.config import config_difference, run_folder, save_config
+from onetrain.launcher.console import print_message, print_warning
+from onetrain.launcher.environment import environment
+from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.evaluator import SUBSETS, Evaluator
+from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_numerics
+from onetrain.launcher.meter import Meter
+from onetrain.launcher.options import RunConfig
+from onetrain.launcher.tracking import Tracker
+from onetrain.model.lazy_decoder import LazyDecoder
+from onetrain.model.loss import next_token_loss
+from onetrain.parallel import checkpoint as checkpoints
+from onetrain.parallel import process_group
+from onetrain.parallel.engine import Engine
+from onetrain.parallel.process_group import Ranks
+
+
+def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = False) -> dict[str, float]:
+    """Train to `train.steps`, going on from the run's newest checkpoint; returns the last metrics.
+
+    `stop_after` ends the run after so many optimizer steps of the whole schedule; `overfit` trains on the first global
+    batch again and again. Raises ConfigError, DataError or ParallelError, where it can before the first step.
+    """
+    ranks = process_group.start(config.parallel.collective_timeout_s)
+    try:
+        set_numerics(config)
+        with _Run(config, ranks, overfit) as run:
+            return run.train(min(config.train.steps, stop_after or config.train.steps))
+    finally:
+        process_group.stop()
+
+
+class _Run:
+    """One attempt at a run, on one rank."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, overfit: bool) -> None:
+        self.config, self.ranks, self.overfit = config, ranks, overfit
+        self.folder = run_folder(config)
+        self.checkpoints = folder_of_checkpoints(self.folder)
+        self.data = PreparedData.open(config, checksum=ranks.is_main)
+        model = build_model(config, self.data)
+        self.engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
+        self.cursor = 0
+        self._restore()
+        self.best = load_best(self.folder) if self.engine.step > 0 else None
+        self.stream = self._stream()
+        self.evaluator = Evaluator(self.data, config, "valid")
+        self.meter = Meter(config, self.data.vocabulary(config), ranks)
+        self.tracker = self._start_records()
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.tracker.close(0 if error is None else getattr(error, "exit_code", 1))
+        self.engine.close()
+
+    def train(self, last_step: int) -> dict[str, float]:
+        """Optimizer steps up to `last_step`, with logs, validations and checkpoints on the way."""
+        options = self.config.train
+        metrics: dict[str, float] = {"step": self.engine.step}
+        for step in self._steps(last_step):
+            with self.meter.step(step):
+                torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.ranks.rank))
+                result = self.engine.train_step(
+                    step.micro_batches, partial(loss_of_batch, device=self.ranks.device), lambda batch: batch.weight
+                )
+            self.cursor = step.cursor
+            number, final = self.engine.step, self.engine.step == last_step
+            self.meter.add(result)
+            if number % options.log_every == 0 or final:
+                metrics = {"step": number, **self.meter.report()}
+                self.tracker.log(number, {name: value for name, value in metrics.items() if name != "step"})
+                self._say(self.meter.line(number, last_step, metrics))
+            validated = final or (options.evaluate_every > 0 and number % options.evaluate_every == 0)
+            if validated:
+                metrics |= self._validate()
+            if validated or (options.checkpoint_every > 0 and number % options.checkpoint_every == 0):
+                self._save()
+        return metrics
+
+    def _steps(self, last_step: int) -> Iterator[Step]:
+        count = max(last_step - self.engine.step, 0)
+        if not self.overfit:
+            yield from self.stream.steps(count, self.cursor)
+            return
+        (only,) = self.stream.steps(1, 0)
+        for _ in range(count):
+            yield only
+
+    def _stream(self) -> TrainingStream:
+        index = SampleIndex(self.data.reader, "train", self.config.batch)
+        mesh = self.engine.mesh
+        return TrainingStream(
+            index=index,
+            order=GlobalOrder(len(index), self.data.manifest.fingerprint, self.config.seed),
+            builder=self.data.builder(self.config),
+            global_batch_size=self.config.parallel.global_batch_size,
+            micro_batches=mesh.accumulation_steps,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+
+    def _restore(self) -> None:
+        newest = checkpoints.latest(self.checkpoints)
+        if self.config.train.resume == "auto" and newest is not None:
+            state = checkpoints.read_state(newest)
+            self.data.check_sids(state, newest)
+            if state["data_fingerprint"] != self.data.manifest.fingerprint:
+                raise ConfigError(
+                    f"Checkpoint {newest} was trained on data {state['data_fingerprint']}, but {self.data.folder} is "
+                    f"{self.data.manifest.fingerprint}: its cursor has no meaning there. Restore those data, or start "
+                    "another run (name) from its weights with train.warm_start."
+                )
+            self.cursor = checkpoints.load(self.engine, newest)["cursor"]
+            self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor} samples consumed")
+        elif newest is not None:
+            raise ConfigError(
+                f"{self.checkpoints} holds checkpoints of an earlier run, and train.resume is never. Choose another "
+                "name, remove that folder, or set train.resume to auto."
+            )
+        elif self.config.train.warm_start is not None:
+            source = Path(self.config.train.warm_start)
+            self.data.check_sids(checkpoints.read_state(source), source)
+            checkpoints.load_weights(self.engine, source)
+            self._say(f"starting from the weights of {source}")
+
+    def _start_records(self) -> Tracker:
+        if self.ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._warn_of_changes()
+            save_config(self.config, self.folder / "config.yaml")
+            details = {**environment(), "world_size": self.ranks.world_size, **self.data.fingerprints()}
+            (self.folder / "environment.json").write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+        parameters = sum(parameter_size(parameter) for parameter in self.engine.module.parameters())
+        self._say(
+            f"{self.config.name}: {parameters:,} parameters, {len(self.stream.index):,} training samples, "
+            f"{self.ranks.world_size} rank(s) on {self.ranks.device.type}, ZeRO {self.config.parallel.zero_stage}, "
+            f"{self.config.parallel.precision}, {self.engine.mesh.accumulation_steps} micro batch(es) a step"
+        )
+        return Tracker(self.config, self.folder, self.ranks.is_main, self.engine.step)
+
+    def _warn_of_changes(self) -> None:
+        before = self.folder / "config.yaml"
+        if self.engine.step == 0 or not before.exists():
+            return
+        from onetrain.launcher.config import load_config
+
+        for key, old, new in config_difference(load_config(before), self.config):
+            print_warning(f"resumed with {key} = {new}; it was {old}")
+
+    def _validate(self) -> dict[str, float]:
+        """Ranking metrics of the validation split on all ranks; keeps track of the best."""
+        options = self.config.evaluation
+        with self.meter.pause("evaluate"), self.engine.gathered() as module:
+            module.eval()
+            ranker = self.evaluator.model_ranker(_as_lazy_decoder(module), self.ranks.device)
+            result = self.evaluator.run(ranker, self.ranks, options.max_users)[SUBSETS[0]]
+            module.train()
+        self.tracker.log(self.engine.step, {**result.means, "requests": result.requests}, kind="valid")
+        value = result.means[options.best_metric]
+        better = self.best is None or value > self.best.value
+        if better:
+            self.best = Best(self.engine.step, options.best_metric, value)
+        mark = ", the best so far" if better else ""
+        self._say(f"validation at step {self.engine.step}: {options.best_metric} {value:.4f}{mark}")
+        return {f"valid_{name}": number for name, number in result.means.items()}
+
+    def _save(self) -> None:
+        with self.meter.pause("checkpoint"):
+            folder = checkpoints.step_folder(self.checkpoints, self.engine.step)
+            state = {"cursor": self.cursor, **self.data.fingerprints(), "config": asdict(self.config)}
+            checkpoints.save(self.engine, folder, state)
+            if self.ranks.is_main:
+                if self.best is not None:
+                    self.best.save(self.folder)
+                keep = {checkpoints.step_folder(self.checkpoints, self.best.step).name} if self.best else set()
+                checkpoints.prune(self.checkpoints, self.config.train.keep_last, keep)
+
+    def _say(self, message: str) -> None:
+        if self.ranks.is_main:
+            print_message(message)
+
+
+def loss_of_batch(module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Weighted loss sum, weight sum and per-level statistics of one micro batch."""
+    loss = next_token_loss(*module(*model_inputs(batch, device)))
+    return loss.loss, loss.weight, {"level_loss": loss.level_loss_L, "level_hits": loss.level_hits_L}
+
+
+def parameter_size(parameter: nn.Parameter) -> int:
+    """Elements of a whole parameter, also where ZeRO-3 has left only a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout of every step and rank has its own seed, so that a resumed run needs no saved generator."""
+    return hash((seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def _as_lazy_decoder(module: nn.Module) -> LazyDecoder:
+    assert isinstance(module, LazyDecoder)
+    return module

@@ -1,0 +1,34 @@
+"""Next-token loss: the mean over SID levels of the cross-entropy (OneRec-V2, section 3).
+
+Legend: M targets, L SID levels, V codes per level.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LossParts(NamedTuple):
+    """Weighted sums, so that ranks and micro batches of any size add up exactly."""
+
+    loss: Tensor  # sum over targets of weight * mean over levels
+    weight: Tensor  # sum of weights
+    level_loss_L: Tensor  # per level: weighted sum of cross-entropies, detached
+    level_hits_L: Tensor  # per level: weighted count of teacher-forced argmax hits, detached
+
+
+def next_token_loss(logits: list[Tensor], codes_ML: Tensor, weight_M: Tensor) -> LossParts:
+    """L_Gen of each target times its weight, summed; divide by the global weight for the training loss.
+
+    Args: logits per level (M, V_l); codes (M, L) int64; weights (M,). With M = 0 the loss is 0, still differentiable.
+    """
+    entropies, hits = [], []
+    for level, logits_MV in enumerate(logits):
+        code_M = codes_ML[:, level]
+        entropy_M = F.cross_entropy(logits_MV.float(), code_M, reduction="none")
+        entropies.append((entropy_M * weight_M).sum())
+        hits.append(((logits_MV.argmax(-1) == code_M) * weight_M).sum())
+    level_loss_L = torch.stack(entropies)
+    return LossParts(level_loss_L.mean(), weight_M.sum(), level_loss_L.detach(), torch.stack(hits).detach())
