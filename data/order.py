@@ -41,7 +41,7 @@ class GlobalOrder:
         return ids
 
     def _key(self, epoch: int) -> int:
-        return xxhash.xxh3_64_intdigest(f"{self.fingerprint}/{self.seed}/{epoch}")
+        return xxhash.xxh3_64_intdigest(f"{self.fingerprint}/{self.seed}/{epoch}".encode())
 
 
 def permute(index: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:

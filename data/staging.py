@@ -14,6 +14,7 @@ from onetrain.data.report import Report
 from onetrain.data.schema import extra_column
 
 FLOATS = ("FLOAT", "DOUBLE")
+INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")  # all within BIGINT
 _MILLISECONDS = {"s": "* 1000", "ms": "", "us": "/ 1000"}
 
 
@@ -96,12 +97,16 @@ def _timestamp(kind: str, unit: str) -> str:
         return "epoch_ms(timestamp)"
     if unit == "iso":
         return "epoch_ms(TRY_CAST(timestamp AS TIMESTAMP))"
+    if unit == "ms" and kind in INTEGERS:
+        return "CAST(timestamp AS BIGINT)"
     rounding = "floor" if unit == "us" else "round"
     return f"TRY(CAST({rounding}(CAST(timestamp AS DOUBLE) {_MILLISECONDS[unit]}) AS BIGINT))"
 
 
 def _number(name: str, kind: str, wanted: str) -> str:
     """A number, NULL when unreadable or infinite; NaN stays only in text of a float feature."""
+    if kind in INTEGERS:
+        return f"CAST({quoted(name)} AS {wanted})"
     value = f"TRY_CAST({_known(name, kind)} AS DOUBLE)"
     if wanted == "BIGINT":
         return f"TRY(CAST(round({value}) AS BIGINT))"

@@ -45,7 +45,9 @@ def workspace(prepared: Path) -> Iterator[Workspace]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(_disk_full(prepared)) from error
         raise DataError(f"data.prepared: cannot write {prepared}: {error}") from error
-    except duckdb.InterruptException as error:
+    except RuntimeError as error:  # DuckDB's answer to Ctrl-C during a query
+        if str(error) != "Query interrupted":
+            raise
         raise KeyboardInterrupt from error
     except duckdb.Error as error:
         reason = str(error).splitlines()[0]

@@ -5,6 +5,7 @@ that uneven batches equal one process. The optimizer is torch's own; ZeRO partit
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Engine:
         import deepspeed  # late: it reads DS_ACCELERATOR, which process_group.start sets
         from deepspeed.utils import groups
 
+        warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
         model.to(ranks.device)
         self.optimizer = _torch_optimizer(model, optimizer_options)
@@ -91,10 +93,9 @@ class Engine:
         every rank). A micro batch without targets must still give a loss that depends on the parameters, times zero.
         Raises ParallelError, on every rank, when loss or gradient norm is not finite.
         """
-        if len(micro_batches) != self.mesh.accumulation_steps:
-            raise ParallelError(
-                f"Step {self.step} got {len(micro_batches)} micro batches; {self.mesh.accumulation_steps} needed."
-            )
+        needed = self.mesh.accumulation_steps
+        if len(micro_batches) != needed:
+            raise ParallelError(f"Step {self.step} got {len(micro_batches)} micro batches; it needs {needed}.")
         if not self.module.training:
             self.module.train()
         factor = learning_rate_factor(self.step, self.total_steps, self.optimizer_options)

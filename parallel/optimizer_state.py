@@ -56,7 +56,8 @@ class Flat:
 
 def flats(engine: Engine) -> list[Flat]:
     """Every flat tensor of this rank, in the same order on all ranks."""
-    trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad and p.numel()}
+    shape = shapes(engine)  # at stage 3 a parameter itself is empty
+    trainable = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and torch.Size(shape[n]).numel()}
     if engine.zero_stage == 0:
         return [Flat(p, (Piece(name, 0, 0, 0, p.numel()),), partitioned=False) for name, p in trainable.items()]
     names = {id(parameter): name for name, parameter in trainable.items()}

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks of this machine, over gloo on the CPU unless told otherwise: for tests and examples."""
+"""Runs a function on several ranks of this machine, over gloo on the CPU unless told otherwise, for tests."""
 
 import os
 import socket

@@ -18,7 +18,11 @@ ADAMW = OptimizerOptions(
     name="adamw", learning_rate=0.02, embedding_learning_rate=0.005, weight_decay=0.1, warmup_steps=4
 )
 SGD = replace(ADAMW, name="sgd", learning_rate=0.5, embedding_learning_rate=0.1)
-PARALLEL = ParallelOptions(global_batch_size=8, micro_batch_size=None, gradient_clipping=0.05)
+PARALLEL = ParallelOptions(
+    global_batch_size=8,
+    gradient_clipping=0.05,
+    deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},  # else stage 3 keeps small ones whole
+)
 
 
 class SmallModel(nn.Module):
@@ -43,7 +47,11 @@ def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, 
     logits = module(words).float()
     losses = F.cross_entropy(logits, label, reduction="none")
     hits = (logits.argmax(-1) == label).double() * weight
-    return (losses * weight).sum(), weight.sum(), {"hits": hits.sum(), "per_class": torch.bincount(label, hits, CLASSES)}
+    return (
+        (losses * weight).sum(),
+        weight.sum(),
+        {"hits": hits.sum(), "per_class": torch.bincount(label, hits, CLASSES)},
+    )
 
 
 def weight_fn(batch: Batch) -> float:
