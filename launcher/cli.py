@@ -217,6 +217,9 @@ def doctor(
         Path | None, typer.Argument(metavar="CONFIG", help="Also check what this job needs.", show_default=False)
     ] = None,
     overrides: SetOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Neither start Ray, nor import DeepSpeed, nor read whole shards.")
+    ] = False,
 ) -> None:
     """Check versions, devices, Ray, shared memory and disk: what would fail, before it fails.
 
@@ -227,8 +230,9 @@ def doctor(
     options = None if config is None else load_config(config, overrides or ())
     from onetrain.launcher.doctor import checks
 
-    results = checks(options)
-    print_table("doctor", ["check", "state", "detail"], [[c.name, c.state, c.detail] for c in results])
+    results = checks(options, quick)
+    rows = [[check.name, check.state, check.detail] for check in results]
+    print_table("doctor", ["check", "state", "detail"], rows, [f"{c.name}: {c.fix}" for c in results if c.fix])
     if any(check.state == "fail" for check in results):
         raise typer.Exit(1)
 

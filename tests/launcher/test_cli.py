@@ -247,16 +247,17 @@ def test_evaluate_prints_and_saves_its_table(job, stand_in, tmp_path):
 def test_doctor_fails_when_a_check_does(job, stand_in, state, code):
     configs = []
 
-    def checks(config):
-        configs.append(config and config.name)
-        return [SimpleNamespace(name="disk", state=state, detail="2 GB free")]
+    def checks(config, quick):
+        configs.append((config and config.name, quick))
+        return [SimpleNamespace(name="disk", state=state, detail="2 GB free", fix="make room")]
 
     stand_in("onetrain.launcher.doctor", "checks", checks)
     assert onetrain("doctor").exit_code == code
-    done = onetrain("doctor", job)
+    done = onetrain("doctor", job, "--quick")
     assert done.exit_code == code
     assert "2 GB free" in done.stdout
-    assert configs == [None, "job"]
+    assert "disk: make room" in done.stdout
+    assert configs == [(None, False), ("job", True)]
     assert onetrain("doctor", "--set", "seed=1").exit_code == 2
 
 
