@@ -12,6 +12,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+
 from onetrain.data.catalogue import build_catalogue, catalogue_fingerprint, hash_items, write_items
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import ContentHash, json_fingerprint
@@ -159,7 +160,7 @@ def _connect(work: Workspace, options: DataOptions) -> duckdb.DuckDBPyConnection
         "autoinstall_known_extensions": False,
     }
     con = duckdb.connect(str(work.scratch / "work.duckdb"), config=config)
-    con.execute("SET enable_progress_bar = false")
+    con.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
     return con
 
 

@@ -6,6 +6,7 @@ rows that cannot be events. Its rowid is the place of the row in the files.
 """
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import DataOptions
 from onetrain.data.readers import Source
@@ -96,7 +97,7 @@ def _timestamp(kind: str, unit: str) -> str:
     if kind.startswith(("TIMESTAMP", "DATE")):
         return "epoch_ms(timestamp)"
     if unit == "iso":
-        return "epoch_ms(TRY_CAST(timestamp AS TIMESTAMP))"
+        return "epoch_ms(TRY_CAST(timestamp AS TIMESTAMPTZ))"  # the connection's zone, UTC, where it names none
     if unit == "ms" and kind in INTEGERS:
         return "CAST(timestamp AS BIGINT)"
     rounding = "floor" if unit == "us" else "round"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import FILE_NAME
 
