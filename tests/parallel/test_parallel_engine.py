@@ -79,6 +79,8 @@ def check_equal_to_plain(results: list[tuple], expected_of: list[OptimizerOption
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_zero_stage_equals_a_plain_loop(world_size: int, single: WorkerPool, pool: WorkerPool) -> None:
     asked = cases(world_size, micro_batches=2)
+    round_robin = {"zero_optimization": {"round_robin_gradients": True}}
+    asked.append((replace(PARALLEL, zero_stage=2, micro_batch_size=8 // world_size, deepspeed=round_robin), ADAMW))
     results = (single if world_size == 1 else pool).run(train, asked, STEPS)[0]
     check_equal_to_plain(results, [options for _, options in asked])
 
