@@ -49,18 +49,9 @@ def test_kuairand_pure(tmp_path):
     report = manifest.report
     assert report["rows_read"] == len(raw["user_id"]) == 94_976
     assert report["zero_duration"] == (raw["duration_ms"] == 0).sum() > 0
-    feedback = (
-        "is_hate",
-        "is_follow",
-        "is_forward",
-        "is_comment",
-        "is_like",
-        "is_profile_enter",
-        "long_view",
-        "is_click",
-    )
-    names = [name.removeprefix("is_") for name in feedback]
-    behaviour = np.select([raw[name] > 0 for name in feedback], names, "view").tolist()
+    names = ("hate", "follow", "forward", "comment", "like", "profile_enter", "long_view", "click")
+    feedback = [raw[name if name == "long_view" else f"is_{name}"] > 0 for name in names]
+    behaviour = np.select(feedback, names, "view").tolist()
     user, item, time = (raw[name].tolist() for name in ("user_id", "video_id", "time_ms"))
     unique = set(zip(user, item, time, behaviour, strict=True))
     assert manifest.events == len(unique)
