@@ -6,6 +6,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import ContentHash, file_checksum, json_fingerprint
 from onetrain.data.manifest import StoredFile

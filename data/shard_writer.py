@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
 from onetrain.data.fingerprint import file_checksum
 from onetrain.data.manifest import StoredFile
 from onetrain.data.schema import event_types, shard_schema

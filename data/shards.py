@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import Manifest, verify_shards, verify_sizes
 from onetrain.data.schema import event_types, extra_column

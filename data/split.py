@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SplitOptions
 

@@ -7,6 +7,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from onetrain.data.catalogue import id_order
 from onetrain.data.errors import DataError
 from onetrain.data.options import DataOptions

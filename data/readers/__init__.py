@@ -1,6 +1,7 @@
 """Readers of raw logs: each opens one layout as canonical events and items."""
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers import amazon, columns, kuairand, movielens, simulator

@@ -5,6 +5,7 @@ empty). items.tsv[.gz]: item_id, title, attribute_ids (brand and categories), te
 """
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers.files import FILE, find_files, open_table

@@ -1,6 +1,7 @@
 """Reader of any Parquet or delimited text log, by the column names of source.columns and source.item_columns."""
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers.files import FILE, Table, find_files, open_table, quoted

@@ -13,6 +13,7 @@ from typing import Literal
 
 import duckdb
 import fsspec
+
 from onetrain.data.errors import DataError
 from onetrain.data.schema import nearest
 

@@ -4,6 +4,7 @@ Reads the original CSV files (log_*.csv) and Parquet files of the same columns.
 """
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers.files import FILE, find_files, open_table, quoted

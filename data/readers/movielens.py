@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers.files import FILE, Table, filesystem_of, find_files, literal, open_table, quoted

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import duckdb
+
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers import columns
