@@ -98,7 +98,7 @@ def _new_day(sample: Sample, events: list[int], ends: list[int]) -> NDArray[np.b
 
 
 def _pad(rows: Sequence[NDArray], dtype: type = np.int64) -> NDArray:
-    out = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=dtype)
+    out: NDArray = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=dtype)
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = values
     return out

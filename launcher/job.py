@@ -35,7 +35,7 @@ class PreparedData:
         """Open and verify the folder data.prepared; DataError for what is missing, damaged or foreign."""
         folder = Path(config.data.prepared)
         manifest = Manifest.load(folder)
-        sids = SidMap.load(folder / "sids")
+        sids = SidMap.load(str(folder / "sids"))
         sids.check_against(manifest)
         return cls(folder, manifest, ShardReader(folder, manifest, checksum=checksum), sids)
 

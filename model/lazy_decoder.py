@@ -101,9 +101,11 @@ class LazyDecoder(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.options.init_std)
         residual_std = self.options.init_std / math.sqrt(3 * self.options.n_layers)
-        for block in self.blocks:
-            for projection in (block.cross.out, block.self_attention.out, block.ffn.down):
-                nn.init.normal_(projection.weight, std=residual_std)
+        for module in self.modules():
+            if isinstance(module, CrossAttention | SelfAttention):
+                nn.init.normal_(module.out.weight, std=residual_std)
+            elif isinstance(module, SwiGLU):
+                nn.init.normal_(module.down.weight, std=residual_std)
 
     def forward(self, context: Context, targets: Targets) -> tuple[list[Tensor], Tensor, Tensor]:
         """Teacher-forced logits of the targets that count (weight above 0), in row-major slot order.

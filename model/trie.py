@@ -18,6 +18,12 @@ class SidTrie(nn.Module):
     Raises: ValueError if a code is outside its level.
     """
 
+    leaf_I: Tensor  # leaf of each item
+    rank_in_leaf_I: Tensor  # place among the items that share its SID
+    leaf_size_U: Tensor
+    leaf_first_U: Tensor
+    items_by_leaf_I: Tensor
+
     def __init__(self, codes_IL: Tensor, sizes: tuple[int, ...], priority_I: Tensor | None = None) -> None:
         super().__init__()
         items, levels = codes_IL.shape
@@ -43,8 +49,8 @@ class SidTrie(nn.Module):
         first_U = _row_starts(group_U)[:-1]
         rank_I = torch.empty(items, dtype=torch.int64)
         rank_I[order] = torch.arange(items) - first_U[node_I[order]]
-        self.register_buffer("leaf_I", node_I, persistent=False)  # leaf of each item
-        self.register_buffer("rank_in_leaf_I", rank_I, persistent=False)  # place among the items that share its SID
+        self.register_buffer("leaf_I", node_I, persistent=False)
+        self.register_buffer("rank_in_leaf_I", rank_I, persistent=False)
         self.register_buffer("leaf_size_U", group_U, persistent=False)
         self.register_buffer("leaf_first_U", first_U, persistent=False)
         self.register_buffer("items_by_leaf_I", order, persistent=False)
