@@ -38,16 +38,20 @@ class Floors:
         self._tie_break_I = self.popularity_I * (REVERSE_WEIGHT / 2 / (self.popularity_I.max() + 1))
 
     def ranks(self, floor: str, samples: Sequence[Sample], target_item_BT: NDArray[np.int64]) -> NDArray[np.float64]:
-        """0-based rank (B, T) of each target item; of tied items, half count as ahead."""
+        """0-based rank (B, T) of each target item; of tied items, half count as ahead.
+
+        Row b holds the targets of sample b, which is one request; ranks of padding slots mean nothing.
+        """
         if floor == "popularity":
             score_BI = np.repeat(self.popularity_I[None], len(samples), axis=0)
         else:
             last = [sample.user.item[sample.end - 1] for sample in samples]
             score_BI = self.transitions[last].toarray() + self._tie_break_I
         target_BT = np.take_along_axis(score_BI, target_item_BT, axis=1)
-        for row, sample in enumerate(samples):
-            score_BI[row, sample.user.item[: sample.end]] = -np.inf
-        np.put_along_axis(score_BI, target_item_BT, target_BT, axis=1)  # a target is never masked
+        for score_I, sample in zip(score_BI, samples, strict=True):
+            item = sample.user.item
+            targets = [item[event] for request in sample.requests for event in request.targets]
+            score_I[np.setdiff1d(item[: sample.end], targets)] = -np.inf  # a target is never masked
         ahead_BT = (score_BI[:, None] > target_BT[..., None]).sum(-1)
         tied_BT = (score_BI[:, None] == target_BT[..., None]).sum(-1) - 1
         return ahead_BT + tied_BT / 2

@@ -25,7 +25,7 @@ from onetrain.launcher.config import run_folder
 from onetrain.launcher.evaluator import Evaluator, Progress, Ranker, SubsetMetrics
 from onetrain.launcher.job import PreparedData, build_model
 from onetrain.launcher.options import RunConfig
-from onetrain.model.ranking import NOT_FOUND, ranking_metrics
+from onetrain.model.ranking import NOT_FOUND, distinct_targets, ranking_metrics
 from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
 
@@ -84,7 +84,8 @@ def _floor_rankers(data: PreparedData, config: RunConfig) -> dict[str, Ranker]:
     def ranker(floor: str) -> Ranker:
         def rank(samples: Sequence[Sample], batch: Batch) -> dict[str, Tensor]:
             rank_BT = torch.from_numpy(floors.ranks(floor, samples, batch.target_item_BT.numpy()))
-            return ranking_metrics(rank_BT, batch.weight_BT > 0, config.evaluation.ks)
+            counted_BT = distinct_targets(batch.target_item_BT, batch.weight_BT > 0)
+            return ranking_metrics(rank_BT, counted_BT, config.evaluation.ks)
 
         return rank
 

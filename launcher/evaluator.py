@@ -19,8 +19,8 @@ from onetrain.launcher.job import PreparedData, model_inputs
 from onetrain.launcher.options import RunConfig
 from onetrain.model.beam_search import beam_search
 from onetrain.model.lazy_decoder import LazyDecoder
-from onetrain.model.loss import next_token_loss
-from onetrain.model.ranking import beam_faults, item_ranks, ranking_metrics
+from onetrain.model.loss import token_entropies
+from onetrain.model.ranking import beam_faults, distinct_targets, item_ranks, ranking_metrics
 from onetrain.model.trie import SidTrie
 from onetrain.parallel.process_group import Ranks, all_reduce_sum
 
@@ -96,15 +96,13 @@ class Evaluator:
             beams = beam_search(model, context, trie, beam_size)
             seen_BS = _seen(samples).to(device) if options.mask_seen else None
             real_BT = targets.weight_BT > 0
-            rank_BT = item_ranks(beams, trie, batch.target_item_BT.to(device), seen_BS)
-            metrics = ranking_metrics(rank_BT, real_BT, options.ks)
-            logits, codes_ML, weight_M = model(context, targets)
-            loss = next_token_loss(logits, codes_ML, torch.ones_like(weight_M))
-            return {
-                **metrics,
-                **beam_faults(beams),
-                "loss": (loss.loss / len(codes_ML)).expand(len(samples)),
-            }
+            item_BT = batch.target_item_BT.to(device)
+            rank_BT = item_ranks(beams, trie, item_BT, real_BT, seen_BS)
+            metrics = ranking_metrics(rank_BT, distinct_targets(item_BT, real_BT), options.ks)
+            logits, codes_ML, _ = model(context, targets)
+            loss_BT = real_BT.double()
+            loss_BT[real_BT] = torch.stack(token_entropies(logits, codes_ML)).mean(0).double()
+            return {**metrics, **beam_faults(beams), "loss": loss_BT.sum(1) / real_BT.sum(1)}
 
         return rank
 

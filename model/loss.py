@@ -24,11 +24,6 @@ def next_token_loss(logits: list[Tensor], codes_ML: Tensor, weight_M: Tensor) ->
 
     Args: logits per level (M, V_l); codes (M, L) int64; weights (M,). With M = 0 the loss is 0, still differentiable.
     """
-    entropies, hits = [], []
-    for level, logits_MV in enumerate(logits):
-        code_M = codes_ML[:, level]
-        entropy_M = F.cross_entropy(logits_MV.float(), code_M, reduction="none")
-        entropies.append((entropy_M * weight_M).sum())
-        hits.append(((logits_MV.argmax(-1) == code_M) * weight_M).sum())
-    level_loss_L = torch.stack(entropies)
+    level_loss_L = torch.stack([(entropy_M * weight_M).sum() for entropy_M in token_entropies(logits, codes_ML)])
+    hits = [((logits_MV.argmax(-1) == codes_ML[:, level]) * weight_M).sum() for level, logits_MV in enumerate(logits)]
     return LossParts(level_loss_L.mean(), weight_M.sum(), level_loss_L.detach(), torch.stack(hits).detach())

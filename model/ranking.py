@@ -7,6 +7,7 @@ Legend: B requests, T target slots, K beams, S seen items, L SID levels.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from onetrain.model.beam_search import Beams
 from onetrain.model.trie import SidTrie
@@ -14,10 +15,20 @@ from onetrain.model.trie import SidTrie
 NOT_FOUND = 1 << 40  # rank of an item that no beam holds
 
 
-def item_ranks(beams: Beams, trie: SidTrie, item_BT: Tensor, seen_BS: Tensor | None = None) -> Tensor:
-    """0-based rank (B, T) of each item in the list that the beams spell out, NOT_FOUND where it is not in it.
+def distinct_targets(item_BT: Tensor, real_BT: Tensor) -> Tensor:
+    """Slots (B, T), bool, that count in a ranking: of a request's equal targets only the first.
 
-    `seen_BS` holds item indices to leave out of the list (-1 = padding); a target is never left out.
+    A request may hold one item under several behaviours, a list holds it once.
+    """
+    equal_BTT = (item_BT[:, :, None] == item_BT[:, None]) & real_BT[:, None]
+    return real_BT & ~equal_BTT.tril(-1).any(-1)
+
+
+def item_ranks(beams: Beams, trie: SidTrie, item_BT: Tensor, real_BT: Tensor, seen_BS: Tensor | None = None) -> Tensor:
+    """0-based rank (B, T) of each target in the list that the beams spell out, NOT_FOUND where it is not in it.
+
+    `real_BT` is false in slots that hold no target; their rank is NOT_FOUND. `seen_BS` holds item indices to leave out
+    of the list (-1 = padding, repeats allowed); a target is never left out.
     """
     size_BK = torch.where(beams.leaf_BK >= 0, trie.leaf_size_U[beams.leaf_BK.clamp_min(0)], 0)
     before_BK = size_BK.cumsum(1) - size_BK
@@ -27,17 +38,19 @@ def item_ranks(beams: Beams, trie: SidTrie, item_BT: Tensor, seen_BS: Tensor | N
         rank_BX = (hit_BXK * before_BK[:, None]).sum(-1) + trie.rank_in_leaf_I[item_BX]
         return torch.where(hit_BXK.any(-1), rank_BX, NOT_FOUND)
 
-    rank_BT = listed(item_BT)
+    rank_BT = torch.where(real_BT, listed(item_BT), NOT_FOUND)
     if seen_BS is None:
         return rank_BT
-    left_out_BS = torch.where(seen_BS >= 0, listed(seen_BS.clamp_min(0)), NOT_FOUND)
-    left_out_BS = torch.where((seen_BS[:, :, None] == item_BT[:, None]).any(-1), NOT_FOUND, left_out_BS)
+    seen_BS = seen_BS.sort(1).values
+    first_BS = F.pad(seen_BS[:, 1:] != seen_BS[:, :-1], (1, 0), value=True)  # an item seen twice holds one place
+    target_BS = ((seen_BS[:, :, None] == item_BT[:, None]) & real_BT[:, None]).any(-1)
+    left_out_BS = torch.where((seen_BS >= 0) & first_BS & ~target_BS, listed(seen_BS.clamp_min(0)), NOT_FOUND)
     ahead_BT = (left_out_BS[:, None] < rank_BT[:, :, None]).sum(-1)
     return torch.where(rank_BT == NOT_FOUND, rank_BT, rank_BT - ahead_BT)
 
 
 def ranking_metrics(rank_BT: Tensor, real_BT: Tensor, ks: tuple[int, ...]) -> dict[str, Tensor]:
-    """Metrics (B,) of each request at each k; requests have one or more real targets.
+    """Metrics (B,) of each request at each k; requests have one or more real targets, all different items.
 
     recall: share of the targets in the first k. hr: whether any is. mrr: 1 / (1 + rank of the first), 0 beyond k. ndcg:
     sum of 1 / log2(2 + rank) over its largest possible value. Ranks may be fractional (ties counted half).
