@@ -41,5 +41,5 @@ types: setup
 
 # Removes what the tools made; the virtual environment, prepared data and runs stay.
 clean:
-	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .scratch
+	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(ROOMS) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ setup(
         "pydantic>=2.12",
         "typer>=0.20",
         "rich>=14",
-        "duckdb>=1.4",
+        "duckdb>=2",
         "pyarrow>=20",
         "numpy>=2",
         "scikit-learn>=1.6",
