@@ -19,11 +19,19 @@ class LossParts(NamedTuple):
     level_hits_L: Tensor  # per level: weighted count of teacher-forced argmax hits, detached
 
 
+def cross_entropies(logits: list[Tensor], codes_ML: Tensor) -> list[Tensor]:
+    """Cross-entropy (M,) of every target at each level, in fp32; their mean over levels is L_Gen."""
+    return [
+        F.cross_entropy(logits_MV.float(), codes_ML[:, level], reduction="none")
+        for level, logits_MV in enumerate(logits)
+    ]
+
+
 def next_token_loss(logits: list[Tensor], codes_ML: Tensor, weight_M: Tensor) -> LossParts:
     """L_Gen of each target times its weight, summed; divide by the global weight for the training loss.
 
     Args: logits per level (M, V_l); codes (M, L) int64; weights (M,). With M = 0 the loss is 0, still differentiable.
     """
-    level_loss_L = torch.stack([(entropy_M * weight_M).sum() for entropy_M in token_entropies(logits, codes_ML)])
+    level_loss_L = torch.stack([(entropy_M * weight_M).sum() for entropy_M in cross_entropies(logits, codes_ML)])
     hits = [((logits_MV.argmax(-1) == codes_ML[:, level]) * weight_M).sum() for level, logits_MV in enumerate(logits)]
     return LossParts(level_loss_L.mean(), weight_M.sum(), level_loss_L.detach(), torch.stack(hits).detach())
