@@ -19,7 +19,7 @@ from onetrain.launcher.job import PreparedData, model_inputs
 from onetrain.launcher.options import RunConfig
 from onetrain.model.beam_search import beam_search
 from onetrain.model.lazy_decoder import LazyDecoder
-from onetrain.model.loss import token_entropies
+from onetrain.model.loss import cross_entropies
 from onetrain.model.ranking import beam_faults, distinct_targets, item_ranks, ranking_metrics
 from onetrain.model.trie import SidTrie
 from onetrain.parallel.process_group import Ranks, all_reduce_sum
@@ -101,7 +101,7 @@ class Evaluator:
             metrics = ranking_metrics(rank_BT, distinct_targets(item_BT, real_BT), options.ks)
             logits, codes_ML, _ = model(context, targets)
             loss_BT = real_BT.double()
-            loss_BT[real_BT] = torch.stack(token_entropies(logits, codes_ML)).mean(0).double()
+            loss_BT[real_BT] = torch.stack(cross_entropies(logits, codes_ML)).mean(0).double()
             return {**metrics, **beam_faults(beams), "loss": loss_BT.sum(1) / real_BT.sum(1)}
 
         return rank
