@@ -51,13 +51,26 @@ OPEN = (
 MAX_BUCKET = 50_000_000  # elements of a reduction bucket; DeepSpeed's default of 5e8 allocates 2 GB for any model
 
 
+def check_options(options: ParallelOptions, world_size: int) -> Mesh:
+    """How the global batch is spread over `world_size` ranks; needs no model, so that it can come first.
+
+    Raises ParallelError for a batch that cannot be spread, for options that do not go together, and for an override
+    that is unknown or that another option owns.
+    """
+    mesh = Mesh.plan(world_size, options)
+    if options.offload_optimizer and options.zero_stage == 0:
+        raise ParallelError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0.")
+    _check_overrides(options.deepspeed)
+    return mesh
+
+
 def deepspeed_config(options: ParallelOptions, world_size: int, n_parameters: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; `n_parameters` bounds the communication buckets.
 
-    The learning rate schedule and, at ZeRO stage 0, clipping are the engine's own. Raises ParallelError for a batch
-    that cannot be spread, and for an override that is unknown or that another option owns.
+    The learning rate schedule and, at ZeRO stage 0, clipping are the engine's own. Raises ParallelError as
+    `check_options` does.
     """
-    mesh = Mesh.plan(world_size, options)
+    mesh = check_options(options, world_size)
     bucket = min(MAX_BUCKET, n_parameters + n_parameters % 2)
     zero: dict[str, Any] = {
         "stage": options.zero_stage,
@@ -76,13 +89,10 @@ def deepspeed_config(options: ParallelOptions, world_size: int, n_parameters: in
         "zero_optimization": zero,
     }
     if options.offload_optimizer:
-        if options.zero_stage == 0:
-            raise ParallelError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0.")
         zero["offload_optimizer"] = {"device": "cpu"}
     if options.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    _check_overrides(options.deepspeed)
     return _merged(config, options.deepspeed)
 
 

@@ -4,13 +4,13 @@ Gradients are the sum over ranks and accumulation steps of each micro batch's lo
 that uneven batches equal one process. The optimizer is torch's own; ZeRO partitions its state.
 """
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -72,9 +72,10 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
         model.to(ranks.device)
         self.optimizer = _torch_optimizer(model, optimizer_options)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=_LossModule(model), optimizer=self.optimizer, config=config, dist_init_required=False
-        )
+        with redirect_stdout(io.StringIO()):  # memory reports that no log level silences
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=_LossModule(model), optimizer=self.optimizer, config=config, dist_init_required=False
+            )
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout_s), groups._get_data_parallel_group())
         self.zero_stage: int = parallel_options.zero_stage
         # One rank has nothing to reduce: spares copying every gradient into a bucket and back.
@@ -106,7 +107,7 @@ class Engine:
         scale = self.ranks.world_size / weight if weight > 0 else 0.0  # DeepSpeed averages over ranks
         sums = _Sums()
         for position, batch in enumerate(micro_batches, start=1):
-            loss_sum, weight_sum, stats = self.deepspeed(partial(_swapped, loss_fn, batch))
+            loss_sum, weight_sum, stats = self.deepspeed(lambda module, batch=batch: loss_fn(module, batch))
             if not loss_sum.requires_grad:
                 raise ParallelError(
                     f"Step {self.step}: the loss does not depend on the parameters. Sum over the targets that count, "
@@ -206,10 +207,6 @@ def _grad(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _swapped(loss_fn: Callable[[nn.Module, Batch], LossParts], batch: Batch, module: nn.Module) -> LossParts:
-    return loss_fn(module, batch)
 
 
 def _torch_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:

@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 
 from onetrain.parallel import process_group
 
+START_TIMEOUT_S = 180  # importing torch and meeting the other ranks, on a busy machine
+
 
 class RankFailedError(Exception):
     """A rank raised, died or hung; the message holds its traceback."""
@@ -38,12 +40,13 @@ class WorkerPool:
         `function` must be importable (defined at the top of a module); arguments and results are pickled. Raises
         RankFailedError with the traceback of the first rank that fails, or after `timeout_s`.
         """
-        if not self._processes:
-            self._start()
         try:
+            if not self._processes:
+                self._start()
+                self._collect(START_TIMEOUT_S)
             for pipe in self._pipes:
                 pipe.send((function, args))
-            return self._collect()
+            return self._collect(self.timeout_s)
         except BaseException:
             self.close()
             raise
@@ -66,22 +69,22 @@ class WorkerPool:
         port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, port, self.backend, self.timeout_s, theirs)
+            arguments = (rank, self.world_size, port, self.backend, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def _collect(self) -> list[Any]:
+    def _collect(self, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + timeout_s
         while len(results) < self.world_size:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 missing = [rank for rank in range(self.world_size) if rank not in results]
-                raise RankFailedError(f"Ranks {missing} of {self.world_size} gave no result in {self.timeout_s:.0f} s.")
+                raise RankFailedError(f"Ranks {missing} of {self.world_size} gave no result in {timeout_s:.0f} s.")
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -109,7 +112,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, backend: str, timeout_s: float, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, backend: str, pipe: Connection) -> None:
     """A worker: joins the process group, then runs what comes through the pipe until it closes."""
     values = (rank, world_size, rank, "127.0.0.1", port)
     os.environ.update({name: str(value) for name, value in zip(process_group.VARIABLES, values, strict=True)})
@@ -117,7 +120,8 @@ def _serve(rank: int, world_size: int, port: int, backend: str, timeout_s: float
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     try:
-        ranks = process_group.start(timeout_s)
+        ranks = process_group.start(START_TIMEOUT_S)
+        pipe.send((True, None))
         while True:
             function, args = pipe.recv()
             pipe.send((True, function(ranks, *args)))

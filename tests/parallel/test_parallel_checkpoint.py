@@ -133,6 +133,7 @@ def straight_and_resumed(ranks: Ranks, folder: Path, cases: list[tuple[int, Opti
         second.close()
 
 
+@pytest.mark.slow
 def test_resume_is_bit_for_bit(pools: dict[int, WorkerPool], tmp_path: Path) -> None:
     accumulating = {"micro_batch_size": 2}
     cases = [(stage, ADAMW, accumulating) for stage in STAGES]
