@@ -25,6 +25,7 @@ from onetrain.launcher.config import run_folder
 from onetrain.launcher.evaluator import Evaluator, Progress, Ranker, SubsetMetrics
 from onetrain.launcher.job import PreparedData, build_model
 from onetrain.launcher.options import RunConfig
+from onetrain.launcher.tracking import Tracker
 from onetrain.model.ranking import NOT_FOUND, distinct_targets, ranking_metrics
 from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
@@ -53,12 +54,15 @@ class EvaluationTable:
 def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progress | None = None) -> EvaluationTable:
     """Evaluate `checkpoint` ("best", "latest" or a folder) on all requests of `split`, in this process.
 
+    The table is added to the run's metrics.jsonl and its wandb run.
+
     Raises ConfigError for a checkpoint that is not there or belongs to another SID map, DataError for damaged data.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     data = PreparedData.open(config)
     folder = find_checkpoint(run_folder(config), checkpoint)
-    data.check_sids(checkpoints.read_state(folder), folder)
+    state = checkpoints.read_state(folder)
+    data.check_sids(state, folder)
     ranks = process_group.start(config.parallel.collective_timeout_s)
     try:
         model = build_model(config, data)
@@ -75,7 +79,10 @@ def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progres
             results[name] = evaluator.run(ranker, ranks, progress=stage)
     finally:
         process_group.stop()
-    return _table(config, folder, split, results)
+    table = _table(config, folder, split, results)
+    with Tracker(config, run_folder(config), is_main=True, start_step=None) as tracker:
+        tracker.table(f"evaluation_{split}", table.columns, table.rows, state["step"])
+    return table
 
 
 def _floor_rankers(data: PreparedData, config: RunConfig) -> dict[str, Ranker]:

@@ -34,22 +34,22 @@ class Tracker:
         is_main: whether this is rank 0; on every other rank all methods do nothing.
         start_step: the step of the checkpoint that this process goes on from. Records of later steps, written by an
             attempt that died, are cut off, so that the file keeps one value per step. 0 is a new start: the file is
-            emptied.
+            emptied. None adds to a run that is over, such as a later evaluation's table.
 
     Raises:
         ConfigError: tracking.wandb is online and wandb cannot start.
     """
 
-    def __init__(self, config: RunConfig, run_dir: str | Path, is_main: bool, start_step: int = 0) -> None:
+    def __init__(self, config: RunConfig, run_dir: str | Path, is_main: bool, start_step: int | None = 0) -> None:
         self._is_main = is_main
         self._wandb: Any = None
-        self._last_step = start_step
         if not is_main:
             return
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        cut_records(path, start_step)
+        if start_step is not None:
+            cut_records(path, start_step)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(config, folder)
 
@@ -65,22 +65,21 @@ class Tracker:
             return
         numbers = {name: _number(value) for name, value in metrics.items()}
         self._write({"step": step, "time": round(time.time(), 3), "kind": kind, **numbers})
-        self._last_step = step
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table at the step logged last."""
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Record a table that belongs to the state after `step` steps."""
         if not self._is_main:
             return
         cells: list[Iterable[Any]] = [[_number(value) for value in row] for row in rows]
-        record = {"step": self._last_step, "time": round(time.time(), 3), "kind": "table", "name": name}
+        record = {"step": step, "time": round(time.time(), 3), "kind": "table", "name": name}
         self._write({**record, "columns": list(columns), "rows": cells})
         if self._wandb is not None:
             import wandb
 
             table = wandb.Table(columns=list(columns), data=cells, allow_mixed_types=True)
-            self._wandb.log({name: table}, step=self._last_step)
+            self._wandb.log({name: table})
 
     def close(self, exit_code: int = 0) -> None:
         """End the records; an `exit_code` other than 0 marks the wandb run as failed. Calling it twice is harmless."""

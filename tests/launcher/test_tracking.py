@@ -54,18 +54,18 @@ def test_records_are_on_disk_as_they_are_logged(tmp_path):
 def test_nan_and_infinity_become_null(tmp_path):
     with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
         tracker.log(1, {"loss": float("nan"), "norm": torch.tensor(float("inf")), "fine": 1})
-        tracker.table("results", ["method", "recall"], [["popularity", float("nan")]])
+        tracker.table("results", ["method", "recall"], [["popularity", float("nan")]], step=1)
     first, table = records(tmp_path)
     assert (first["loss"], first["norm"], first["fine"]) == (None, None, 1)
     assert table["rows"] == [["popularity", None]]
 
 
-def test_a_table_is_recorded_at_the_last_step(tmp_path):
+def test_a_table_is_recorded_at_its_step(tmp_path):
     with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
         tracker.log(30, {"loss": 1.0})
-        tracker.table("results", ["method", "recall"], [["popularity", np.float64(0.5)], ["model", "-"]])
+        tracker.table("results", ["method", "recall"], [["popularity", np.float64(0.5)], ["model", "-"]], step=20)
     table = records(tmp_path)[1]
-    assert (table["step"], table["kind"], table["name"]) == (30, "table", "results")
+    assert (table["step"], table["kind"], table["name"]) == (20, "table", "results")
     assert table["columns"] == ["method", "recall"]
     assert table["rows"] == [["popularity", 0.5], ["model", "-"]]
 
@@ -80,8 +80,17 @@ def test_a_metric_cannot_take_the_name_of_a_field(tmp_path, name):
 def test_only_rank_0_writes(tmp_path):
     with Tracker(OFFLINE, tmp_path / "run", is_main=False) as tracker:
         tracker.log(1, {"loss": 0.5})
-        tracker.table("results", ["a"], [[1]])
+        tracker.table("results", ["a"], [[1]], step=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adding_to_a_run_that_is_over_cuts_nothing(tmp_path):
+    with Tracker(CONFIG, tmp_path, is_main=True) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": 2.0})
+    with Tracker(CONFIG, tmp_path, is_main=True, start_step=None) as tracker:
+        tracker.table("results", ["a"], [[1]], step=1)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 1]
 
 
 def test_resuming_keeps_one_value_per_step(tmp_path):
@@ -122,7 +131,7 @@ def test_wandb_offline_keeps_one_id_over_restarts(tmp_path, capsys):
     for start_step in (0, 1):
         with Tracker(OFFLINE, tmp_path, is_main=True, start_step=start_step) as tracker:
             tracker.log(start_step + 1, {"loss": 0.5, "odd": float("nan")})
-            tracker.table("results", ["method", "recall"], [["popularity", 0.5], ["model", "-"]])
+            tracker.table("results", ["method", "recall"], [["popularity", 0.5], ["model", "-"]], start_step + 1)
     name = (tmp_path / "wandb_run_id").read_text().strip()
     files = list(tmp_path.glob(f"wandb/offline-run-*-{name}*/run-{name}.wandb"))
     assert files
