@@ -1,6 +1,7 @@
 """Rank order and rendezvous on two Ray nodes (both on this machine, under two addresses)."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -18,11 +19,13 @@ SECOND_ADDRESS = "127.0.0.2"
 @pytest.fixture(scope="module")
 def two_nodes():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+    session_folder = cluster.head_node.get_session_dir_path()
     try:
         cluster.add_node(num_cpus=1, num_gpus=1, node_ip_address=SECOND_ADDRESS)
         yield cluster
     finally:
         cluster.shutdown()
+        shutil.rmtree(session_folder, ignore_errors=True)
 
 
 def where():
