@@ -150,7 +150,9 @@ def train(
             return
     else:
         from onetrain.cluster.worker_group import run_on_workers
+        from onetrain.parallel.deepspeed_config import check_options
 
+        check_options(options.parallel, options.cluster.workers)  # before Ray starts
         threads = options.train.threads_per_worker
         result = run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
     print_table(f"trained {options.name}", ["", "value"], [[name, value] for name, value in result.items()])

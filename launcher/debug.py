@@ -4,34 +4,39 @@ Legend: T target slots.
 """
 
 import dataclasses
+import shutil
 
 import torch
 
 from onetrain.data.samples import SampleIndex
+from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_message
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.job import PreparedData, build_model, set_numerics
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.train import loss_of_batch, train
+from onetrain.parallel.deepspeed_config import check_options
 
 CHECKED_SAMPLES = 32
 
 
 def debug(config: RunConfig, steps: int, overfit: bool) -> None:
-    """Check gradients on one batch, then train `steps` steps of the configured schedule under the name <name>-debug.
+    """Check gradients on one batch, then train `steps` steps of the configured schedule, always from the start.
 
-    Nothing is sent to wandb, every step is logged, and no earlier run is resumed or overwritten. Raises ConfigError for
-    a parameter without a finite gradient.
+    Writes into the folder "debug" of the run's folder, replacing what an earlier call left there. Nothing is sent to
+    wandb, and every step is logged. Raises ConfigError for a parameter without a finite gradient.
     """
-    name = f"{config.name}-debug"
     config = dataclasses.replace(
         config,
-        name=name,
+        name="debug",
+        storage_path=str(run_folder(config)),
         train=dataclasses.replace(config.train, log_every=1),
         tracking=dataclasses.replace(config.tracking, wandb="disabled"),
     )
+    check_options(config.parallel, world_size=1)
     set_numerics(config)
     check_gradients(config)
+    shutil.rmtree(run_folder(config), ignore_errors=True)
     result = train(config, stop_after=steps, overfit=overfit)
     if overfit:
         print_message(f"one batch, {steps} steps: loss {result['loss']:.4f}")
@@ -52,6 +57,6 @@ def check_gradients(config: RunConfig) -> None:
         elif not bool(parameter.grad.isfinite().all()):
             problems.append(f"{name} receives a gradient that is not finite")
     if problems:
-        raise ConfigError(f"Gradient check of {config.name} failed: {'; '.join(problems)}.")
+        raise ConfigError(f"Gradient check failed: {'; '.join(problems)}.")
     count = sum(1 for _ in model.parameters())
     print_message(f"gradient check: all {count} parameters receive finite gradients, loss {loss_sum / weight:.4f}")

@@ -4,11 +4,12 @@ where it runs; `onetrain debug`, the Ray worker group and torchrun all call it.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from onetrain.data.batch import Batch
@@ -16,7 +17,7 @@ from onetrain.data.order import GlobalOrder
 from onetrain.data.samples import SampleIndex
 from onetrain.data.stream import Step, TrainingStream
 from onetrain.launcher.checkpoints import Best, folder_of_checkpoints, load_best
-from onetrain.launcher.config import config_difference, run_folder, save_config
+from onetrain.launcher.config import config_difference, load_config, run_folder, save_config
 from onetrain.launcher.console import print_message, print_warning
 from onetrain.launcher.environment import environment
 from onetrain.launcher.errors import ConfigError
@@ -29,6 +30,7 @@ from onetrain.model.lazy_decoder import LazyDecoder
 from onetrain.model.loss import next_token_loss
 from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
+from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.process_group import Ranks
 
@@ -41,6 +43,7 @@ def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = F
     """
     ranks = process_group.start(config.parallel.collective_timeout_s)
     try:
+        check_options(config.parallel, ranks.world_size)  # before data are read and a model is built
         set_numerics(config)
         with _Run(config, ranks, overfit) as run:
             return run.train(min(config.train.steps, stop_after or config.train.steps))
@@ -104,7 +107,7 @@ class _Run:
             return
         (only,) = self.stream.steps(1, 0)
         for _ in range(count):
-            yield only
+            yield replace(only, waited_s=0.0)  # built once
 
     def _stream(self) -> TrainingStream:
         index = SampleIndex(self.data.reader, "train", self.config.batch)
@@ -162,9 +165,12 @@ class _Run:
         before = self.folder / "config.yaml"
         if self.engine.step == 0 or not before.exists():
             return
-        from onetrain.launcher.config import load_config
-
-        for key, old, new in config_difference(load_config(before), self.config):
+        try:
+            old_config = load_config(before)
+        except ConfigError as error:
+            print_warning(f"cannot tell what changed since the run was started; an older version wrote {error}")
+            return
+        for key, old, new in config_difference(old_config, self.config):
             print_warning(f"resumed with {key} = {new}; it was {old}")
 
     def _validate(self) -> dict[str, float]:
@@ -177,7 +183,7 @@ class _Run:
             module.train()
         self.tracker.log(self.engine.step, {**result.means, "requests": result.requests}, kind="valid")
         value = result.means[options.best_metric]
-        better = self.best is None or value > self.best.value
+        better = self.best is None or self.best.metric != options.best_metric or value > self.best.value
         if better:
             self.best = Best(self.engine.step, options.best_metric, value)
         mark = ", the best so far" if better else ""
@@ -187,7 +193,12 @@ class _Run:
     def _save(self) -> None:
         with self.meter.pause("checkpoint"):
             folder = checkpoints.step_folder(self.checkpoints, self.engine.step)
-            state = {"cursor": self.cursor, **self.data.fingerprints(), "config": asdict(self.config)}
+            state = {
+                "step": self.engine.step,
+                "cursor": self.cursor,
+                **self.data.fingerprints(),
+                "config": asdict(self.config),
+            }
             checkpoints.save(self.engine, folder, state)
             if self.ranks.is_main:
                 if self.best is not None:
@@ -213,7 +224,7 @@ def parameter_size(parameter: nn.Parameter) -> int:
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Dropout of every step and rank has its own seed, so that a resumed run needs no saved generator."""
-    return hash((seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF
+    return xxhash.xxh3_64_intdigest(f"{seed}/{step}/{rank}".encode())
 
 
 def _as_lazy_decoder(module: nn.Module) -> LazyDecoder:

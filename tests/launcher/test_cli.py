@@ -189,7 +189,7 @@ def test_train_runs_one_function_on_ray_workers(job, stand_in):
     stand_in("onetrain.launcher.train", "train", lambda config: {"loss": 1.25})
     stand_in("onetrain.cluster.worker_group", "run_on_workers", run_on_workers)
     arguments = ["--workers", "3", "--address", "node:6379", "--set", "train.threads_per_worker=2"]
-    done = onetrain("train", job, *arguments, "--set", "cluster.workers=7")
+    done = onetrain("train", job, *arguments, "--set", "cluster.workers=7", "--set", "parallel.global_batch_size=6")
     assert done.exit_code == 0, done.output
     ((config, options, threads),) = calls
     assert options == config.cluster
