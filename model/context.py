@@ -56,7 +56,8 @@ class ContextProcessor(nn.Module):
             nn.Embedding(vocabulary.max_context, self.features.width) if options.position != "none" else None
         )
         self.static = nn.Embedding(1, options.d_context)
-        self.pathway_norm = nn.RMSNorm(options.d_context, eps=options.norm_eps)
+        self.event_norm = nn.RMSNorm(options.d_context, eps=options.norm_eps)
+        self.static_norm = nn.RMSNorm(options.d_context, eps=options.norm_eps)
         chunk = options.kv_groups * options.d_head
         self.key_norms = nn.ModuleList(nn.RMSNorm(chunk, eps=options.norm_eps) for _ in range(options.l_kv))
         separate = options.l_kv if options.s_kv == 2 else 0
@@ -68,9 +69,9 @@ class ContextProcessor(nn.Module):
         events_BNC = self.features(context)
         if self.position is not None:
             events_BNC = events_BNC + self.position(self._positions(context))
-        events_BND = self.project(self.dropout(events_BNC))
-        static_B1D = self.static.weight.expand(events_BND.shape[0], 1, -1)
-        context_BPD = self.pathway_norm(torch.cat((static_B1D, events_BND), dim=1))
+        events_BND = self.event_norm(self.project(self.dropout(events_BNC)))
+        static_B1D = self.static_norm(self.static.weight).expand(events_BND.shape[0], 1, -1)
+        context_BPD = torch.cat((static_B1D, events_BND), dim=1)
         return self._split(context_BPD)
 
     def _positions(self, context: Context) -> Tensor:

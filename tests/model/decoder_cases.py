@@ -83,7 +83,8 @@ def attention(query, keys, values):
 def reference_context(p, options: ModelOptions, context, row, end):
     """Key and value of every visible position, for each of the L_kv sets (section 2.2)."""
     length = int(context.length_B[row])
-    positions = [p["context.static.weight"][0]]
+    eps = options.norm_eps
+    positions = [rms(p["context.static.weight"][0], p["context.static_norm.weight"], eps)]
     for event in range(min(end, length)):
         parts = []
         if "sid" in options.features:
@@ -100,13 +101,12 @@ def reference_context(p, options: ModelOptions, context, row, end):
             x = x + p["context.position.weight"][event]
         elif options.position == "recency":
             x = x + p["context.position.weight"][length - 1 - event]
-        positions.append(p["context.project.weight"] @ x)
+        positions.append(rms(p["context.project.weight"] @ x, p["context.event_norm.weight"], eps))
     width = options.kv_groups * options.d_head
     sets = []
     for layer in range(options.l_kv):
         keys, values = [], []
         for z in positions:
-            z = rms(z, p["context.pathway_norm.weight"], options.norm_eps)
             chunks = [z[m * width : (m + 1) * width] for m in range(options.s_kv * options.l_kv)]
             key = rms(chunks[layer * options.s_kv], p[f"context.key_norms.{layer}.weight"], options.norm_eps)
             value = key
