@@ -98,7 +98,7 @@ def _start(options: ClusterOptions) -> Path:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a node that starts too slowly is a bare Exception of Ray
         ray.shutdown()
         raise ClusterError(
             f"a local Ray did not start: {error}. `onetrain doctor` checks what it needs: a writable home folder "

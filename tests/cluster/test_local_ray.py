@@ -58,6 +58,15 @@ def test_a_local_ray_has_cpus_for_all_workers_and_leaves_nothing_behind():
     assert not folder.exists()
 
 
+def test_a_local_ray_that_does_not_start(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match=r"a local Ray did not start: The current node timed out.*onetrain doctor"):
+        ray_session(ClusterOptions()).__enter__()
+
+
 def test_an_address_where_nothing_listens():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound but not listening: refuses
@@ -87,7 +96,7 @@ def test_an_address_where_something_else_listens():
 
 
 @pytest.mark.parametrize(
-    ("address", "message"), [("nonsense", "could not join|no Ray answers"), ("ray://head:10001", "Ray Client address")]
+    ("address", "message"), [("nonsense", "could not join|no Ray answers"), ("ray://head:10001", "Ray Client")]
 )
 def test_an_address_of_another_form(address, message):
     with pytest.raises(ClusterError, match=message):
