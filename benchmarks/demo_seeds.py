@@ -39,7 +39,7 @@ def run_seed(config: str, folder: Path, seed: int) -> dict[str, float]:
     for verb in ("prepare", "tokenize", "train", "evaluate"):
         subprocess.run([sys.executable, "-m", "onetrain.launcher.cli", verb, config, *overrides], check=True)
     seconds = time.perf_counter() - started
-    record = json.loads((folder / name / "evaluation.json").read_text())
+    record = json.loads((folder / name / "evaluation_test.json").read_text())
     return {"seconds": seconds, **{who: subsets["all"][METRIC] for who, subsets in record["results"].items()}}
 
 

@@ -55,8 +55,9 @@ def _join(address: str) -> None:
     """Connect to the cluster at `address` ("host:port" or "auto")."""
     if "://" in address:
         raise ClusterError(
-            f"cluster.address {address!r} is a Ray Client address, which worker groups cannot use. Give host:port of "
-            "the head node (usually port 6379), or run inside the cluster through `ray job submit`."
+            f"{address!r} (cluster.address, or RAY_ADDRESS of the environment) is the address of Ray Client or of the "
+            "dashboard, which worker groups cannot use. Give host:port of the head node (usually port 6379), unset "
+            "RAY_ADDRESS for a local Ray, or run inside the cluster through `ray job submit`."
         )
     if address != "auto":
         _probe(address)

@@ -167,6 +167,7 @@ class WorkerGroup:
         """The environment variables of each rank."""
         node_ids = [node_id for _, node_id, _ in places]
         masked = self._options.gpus_per_worker > 0
+        no_gpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # Ray does not hide GPUs that nobody asked for
         return [
             {
                 "RANK": str(rank),
@@ -176,6 +177,7 @@ class WorkerGroup:
                 "MASTER_ADDR": self.nodes[0],
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": str(self._threads_per_worker),
+                **({} if masked else no_gpu),
             }
             for rank, node_id in enumerate(node_ids)
         ]

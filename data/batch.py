@@ -16,7 +16,7 @@ from onetrain.data.samples import Sample
 from onetrain.data.sids import SidMap
 
 DAY_MS = 86_400_000
-GAP_BUCKETS = 32
+GAP_BUCKETS = 32  # of the time between two events
 
 
 @dataclass(frozen=True)

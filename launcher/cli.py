@@ -200,7 +200,8 @@ def evaluate(
 ) -> None:
     """Rank items for every user of a split, and print Recall, NDCG, HR and MRR beside the floors.
 
-    The floors are popularity and the last item's transitions. The table is kept as evaluation.json in the run folder.
+    The floors are popularity and the last item's transitions. The table is kept in the run folder, as
+    evaluation_test.json or evaluation_valid.json.
     """
     options = load_config(config, overrides or ())
     from onetrain.launcher.evaluate import evaluate as run
@@ -208,9 +209,7 @@ def evaluate(
     with progress() as report:
         table = run(options, checkpoint, split, report)
     print_table(table.title, table.columns, table.rows, table.notes)
-    path = run_folder(options) / "evaluation.json"
-    table.save(path)
-    print_message(f"saved: {path}")
+    print_message(f"saved: {table.save(options)}")
 
 
 @app.command(epilog="Example: `onetrain doctor configs/demo.yaml`")

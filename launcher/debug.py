@@ -8,6 +8,7 @@ import shutil
 
 import torch
 
+from onetrain.data.order import GlobalOrder
 from onetrain.data.samples import SampleIndex
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_message
@@ -18,19 +19,22 @@ from onetrain.launcher.train import loss_of_batch, train
 from onetrain.parallel.deepspeed_config import check_options
 
 CHECKED_SAMPLES = 32
+VALIDATED_USERS = 256
 
 
 def debug(config: RunConfig, steps: int, overfit: bool) -> None:
     """Check gradients on one batch, then train `steps` steps of the configured schedule, always from the start.
 
-    Writes into the folder "debug" of the run's folder, replacing what an earlier call left there. Nothing is sent to
-    wandb, and every step is logged. Raises ConfigError for a parameter without a finite gradient.
+    Validation ranks for a few users only. Writes into the folder "debug" of the run's folder, replacing what an earlier
+    call left there. Nothing is sent to wandb, and every step is logged. Raises ConfigError for a parameter without a
+    finite gradient.
     """
     config = dataclasses.replace(
         config,
         name="debug",
         storage_path=str(run_folder(config)),
-        train=dataclasses.replace(config.train, log_every=1),
+        train=dataclasses.replace(config.train, log_every=1, steps=max(config.train.steps, steps)),
+        evaluation=dataclasses.replace(config.evaluation, max_users=VALIDATED_USERS),
         tracking=dataclasses.replace(config.tracking, wandb="disabled"),
     )
     check_options(config.parallel, world_size=1)
@@ -39,7 +43,7 @@ def debug(config: RunConfig, steps: int, overfit: bool) -> None:
     shutil.rmtree(run_folder(config), ignore_errors=True)
     result = train(config, stop_after=steps, overfit=overfit)
     if overfit:
-        print_message(f"one batch, {steps} steps: loss {result['loss']:.4f}")
+        print_message(f"one batch, {result['step']} steps: loss {result['loss']:.4f}")
 
 
 def check_gradients(config: RunConfig) -> None:
@@ -47,7 +51,8 @@ def check_gradients(config: RunConfig) -> None:
     data = PreparedData.open(config)
     model = build_model(config, data).train()
     index = SampleIndex(data.reader, "train", config.batch)
-    batch = data.builder(config).build([index[number] for number in range(min(CHECKED_SAMPLES, len(index)))])
+    order = GlobalOrder(len(index), data.manifest.fingerprint, config.seed)
+    batch = data.builder(config).build([index[number] for number in order.sample_ids(0, CHECKED_SAMPLES)])
     loss_sum, weight, _ = loss_of_batch(model, batch, torch.device("cpu"))
     (loss_sum / weight).backward()
     problems = []

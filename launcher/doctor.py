@@ -23,8 +23,8 @@ from onetrain.data.sids import SidMap
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.options import RunConfig
+from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.errors import ParallelError
-from onetrain.parallel.mesh import Mesh
 
 TESTED_PYTHON = (3, 11)
 TESTED = {  # the same as constraints.txt
@@ -245,7 +245,7 @@ def _wandb(mode: str) -> Check:
 
 def _batch(config: RunConfig) -> Check:
     try:
-        mesh = Mesh.plan(config.cluster.workers, config.parallel)
+        mesh = check_options(config.parallel, config.cluster.workers)
     except ParallelError as error:
         return Check("batch", "fail", str(error), "change the named options")
     return Check(

@@ -41,20 +41,26 @@ class EvaluationTable:
     columns: list[str]
     rows: list[list[str | float]]
     notes: list[str]
+    step: int  # of the checkpoint
+    split: Split
     record: dict[str, object] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        """Write all metrics as JSON, atomically."""
+    def save(self, config: RunConfig) -> Path:
+        """Write all metrics to <run>/evaluation_<split>.json, then add the table to the run's JSONL and wandb."""
+        name = f"evaluation_{self.split}"
+        path = run_folder(config) / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+        with Tracker(config, run_folder(config), is_main=True, start_step=None) as tracker:
+            tracker.table(name, self.columns, self.rows, self.step)
+        return path
 
 
 def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progress | None = None) -> EvaluationTable:
     """Evaluate `checkpoint` ("best", "latest" or a folder) on all requests of `split`, in this process.
 
-    The table is added to the run's metrics.jsonl and its wandb run.
 
     Raises ConfigError for a checkpoint that is not there or belongs to another SID map, DataError for damaged data.
     """
@@ -79,10 +85,7 @@ def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progres
             results[name] = evaluator.run(ranker, ranks, progress=stage)
     finally:
         process_group.stop()
-    table = _table(config, folder, split, results)
-    with Tracker(config, run_folder(config), is_main=True, start_step=None) as tracker:
-        tracker.table(f"evaluation_{split}", table.columns, table.rows, state["step"])
-    return table
+    return _table(config, folder, state["step"], split, results)
 
 
 def _floor_rankers(data: PreparedData, config: RunConfig) -> dict[str, Ranker]:
@@ -121,7 +124,7 @@ def _oracle_ranker(data: PreparedData, config: RunConfig) -> Ranker:
     return rank
 
 
-def _table(config: RunConfig, folder: Path, split: Split, results: Results) -> EvaluationTable:
+def _table(config: RunConfig, folder: Path, step: int, split: Split, results: Results) -> EvaluationTable:
     ks = config.evaluation.ks
     model = results["model"]["all"].means
     one_target = all(model[f"hr@{k}"] == model[f"recall@{k}"] for k in ks)
@@ -151,4 +154,6 @@ def _table(config: RunConfig, folder: Path, split: Split, results: Results) -> E
             for ranked_by, subsets in results.items()
         },
     }
-    return EvaluationTable(f"{config.name}: {split}", ["subset", "requests", "ranked by", *names], rows, notes, record)
+    return EvaluationTable(
+        f"{config.name}: {split}", ["subset", "requests", "ranked by", *names], rows, notes, step, split, record
+    )

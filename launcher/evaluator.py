@@ -41,12 +41,17 @@ class Evaluator:
     """The requests of one split of a job.
 
     The subset "last gap > 0 days" holds requests on a later day than the event before: in some data sets the order
-    within a day is an artefact.
+    within a day is an artefact. Raises DataError if the split has no request.
     """
 
     def __init__(self, data: PreparedData, config: RunConfig, split: Split) -> None:
         self.data, self.config = data, config
         self.index = SampleIndex(data.reader, split, dataclasses.replace(config.batch, share_context="request"))
+        if len(self.index) == 0:
+            raise DataError(
+                f"The {self.index.split} split has no request to evaluate; look at data.split, batch.min_context and "
+                "batch.target_behaviours."
+            )
         self.builder = data.builder(config)
         codes_IL = torch.from_numpy(data.sids.codes_IL)
         self.trie = SidTrie(codes_IL, data.sids.sizes, torch.from_numpy(data.train_count_I.astype(np.float64)))
@@ -61,11 +66,6 @@ class Evaluator:
         ids = np.arange(len(self.index))
         if max_requests is not None and max_requests < len(ids):
             ids = GlobalOrder(len(ids), self.data.manifest.fingerprint, seed=0).sample_ids(0, max_requests)
-        if len(ids) == 0:
-            raise DataError(
-                f"The {self.index.split} split has no request to evaluate; look at data.split, batch.min_context and "
-                "batch.target_behaviours."
-            )
         mine = ids[ranks.rank :: ranks.world_size].tolist()
         spare = ids[:1].tolist()  # a rank without requests still has to know the metrics' names
         sums: dict[str, dict[str, float]] = {subset: defaultdict(float) for subset in SUBSETS}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onetrain.data.batch import Batch, BatchBuilder
+from onetrain.data.batch import GAP_BUCKETS, Batch, BatchBuilder
 from onetrain.data.manifest import Manifest
 from onetrain.data.shards import ShardReader, read_items
 from onetrain.data.sids import SidMap
@@ -52,6 +52,7 @@ class PreparedData:
             n_behaviours=len(self.manifest.behaviours),
             n_scenarios=len(self.manifest.scenarios),
             max_context=config.batch.max_context,
+            n_gaps=GAP_BUCKETS,
         )
 
     def builder(self, config: RunConfig) -> BatchBuilder:

@@ -17,7 +17,7 @@ class TrainOptions:
     threads_per_worker: int = 1  # torch threads of each rank, the same in every front end
     log_every: int = 10
     evaluate_every: int = 0  # steps between validations; 0 = only at the end
-    checkpoint_every: int = 0  # steps between checkpoints; 0 = only at the end
+    checkpoint_every: int = 500  # steps between checkpoints; 0 = only at validations and at the end
     keep_last: int = 2  # checkpoints kept beside the best
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the run's newest checkpoint
     warm_start: str | None = None  # checkpoint folder whose weights (not optimizer, step or cursor) start this run

@@ -51,7 +51,7 @@ class Tracker:
         if start_step is not None:
             cut_records(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(config, folder)
+        self._wandb = _start_wandb(config, folder, new=start_step is not None)
 
     def log(self, step: int, metrics: Mapping[str, Any], kind: str = "train") -> None:
         """Record numbers of one step.
@@ -133,14 +133,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _start_wandb(config: RunConfig, folder: Path) -> Any:
+def _start_wandb(config: RunConfig, folder: Path, new: bool) -> Any:
     """The wandb run, None when it is disabled."""
     mode = config.tracking.wandb
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # errors arrive as exceptions and are told below
     if mode != "auto":
-        return _init_wandb(config, folder, mode)
+        return _init_wandb(config, folder, new, mode)
     import wandb
 
     try:
@@ -148,21 +148,21 @@ def _start_wandb(config: RunConfig, folder: Path) -> Any:
         wanted = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         if wanted == "disabled":
             return None
-        return _init_wandb(config, folder, "online" if wanted == "online" else "offline")
+        return _init_wandb(config, folder, new, "online" if wanted == "online" else "offline")
     except (wandb.errors.Error, ConfigError) as error:
         print_warning(f"wandb cannot go online, so this run is recorded offline. {error}")
         wandb.teardown()  # forgets the failed attempt, which would hold the run id
-        return _init_wandb(config, folder, "offline")
+        return _init_wandb(config, folder, new, "offline")
 
 
-def _init_wandb(config: RunConfig, folder: Path, mode: Literal["online", "offline"]) -> Any:
+def _init_wandb(config: RunConfig, folder: Path, new: bool, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
     options = config.tracking
     try:
         run = wandb.init(
             dir=str(folder),
-            id=_run_id(config, folder),
+            id=_run_id(config, folder, new),
             resume="allow",
             name=config.name,
             project=options.project,
@@ -183,10 +183,10 @@ def _init_wandb(config: RunConfig, folder: Path, mode: Literal["online", "offlin
     return run
 
 
-def _run_id(config: RunConfig, folder: Path) -> str:
+def _run_id(config: RunConfig, folder: Path, new: bool) -> str:
     """Made once for a run folder; a run that never resumes gets a new one at each start."""
     path = folder / "wandb_run_id"
-    if config.train.resume == "auto" and path.exists():
+    if (config.train.resume == "auto" or not new) and path.exists():
         return path.read_text(encoding="utf-8").strip()
     name = uuid.uuid4().hex[:8]
     path.write_text(name + "\n", encoding="utf-8")

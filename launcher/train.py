@@ -94,10 +94,11 @@ class _Run:
                 self.tracker.log(number, {name: value for name, value in metrics.items() if name != "step"})
                 self._say(self.meter.line(number, last_step, metrics))
             validated = final or (options.evaluate_every > 0 and number % options.evaluate_every == 0)
-            if validated:
-                metrics |= self._validate()
             if validated or (options.checkpoint_every > 0 and number % options.checkpoint_every == 0):
                 self._save()
+                if validated:
+                    metrics |= self._validate()
+                self._prune()
         return metrics
 
     def _steps(self, last_step: int) -> Iterator[Step]:
@@ -127,12 +128,7 @@ class _Run:
         if self.config.train.resume == "auto" and newest is not None:
             state = checkpoints.read_state(newest)
             self.data.check_sids(state, newest)
-            if state["data_fingerprint"] != self.data.manifest.fingerprint:
-                raise ConfigError(
-                    f"Checkpoint {newest} was trained on data {state['data_fingerprint']}, but {self.data.folder} is "
-                    f"{self.data.manifest.fingerprint}: its cursor has no meaning there. Restore those data, or start "
-                    "another run (name) from its weights with train.warm_start."
-                )
+            self._check_order(state["order"], newest)
             self.cursor = checkpoints.load(self.engine, newest)["cursor"]
             self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor} samples consumed")
         elif newest is not None:
@@ -145,6 +141,23 @@ class _Run:
             self.data.check_sids(checkpoints.read_state(source), source)
             checkpoints.load_weights(self.engine, source)
             self._say(f"starting from the weights of {source}")
+
+    def _order(self) -> dict[str, object]:
+        """All that decides which sample stands at which position."""
+        order = {"data_fingerprint": self.data.manifest.fingerprint, "seed": self.config.seed}
+        options = asdict(self.config.batch)
+        batch = {f"batch.{key}": value for key, value in options.items() if key != "behaviour_weights"}
+        return json.loads(json.dumps({**order, **batch}))  # as a checkpoint holds it: lists for tuples
+
+    def _check_order(self, saved: dict[str, object], folder: Path) -> None:
+        now = self._order()
+        changed = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
+        if changed:
+            raise ConfigError(
+                f"Checkpoint {folder} cannot go on: its cursor has no meaning in another order of samples "
+                f"({'; '.join(changed)}). Restore that, or start another run (name) from its weights with "
+                "train.warm_start."
+            )
 
     def _start_records(self) -> Tracker:
         if self.ranks.is_main:
@@ -174,7 +187,7 @@ class _Run:
             print_warning(f"resumed with {key} = {new}; it was {old}")
 
     def _validate(self) -> dict[str, float]:
-        """Ranking metrics of the validation split on all ranks; keeps track of the best."""
+        """Ranking metrics of the validation split on all ranks; names the best checkpoint, which is saved already."""
         options = self.config.evaluation
         with self.meter.pause("evaluate"), self.engine.gathered() as module:
             module.eval()
@@ -186,6 +199,8 @@ class _Run:
         better = self.best is None or self.best.metric != options.best_metric or value > self.best.value
         if better:
             self.best = Best(self.engine.step, options.best_metric, value)
+            if self.ranks.is_main:
+                self.best.save(self.folder)
         mark = ", the best so far" if better else ""
         self._say(f"validation at step {self.engine.step}: {options.best_metric} {value:.4f}{mark}")
         return {f"valid_{name}": number for name, number in result.means.items()}
@@ -197,14 +212,15 @@ class _Run:
                 "step": self.engine.step,
                 "cursor": self.cursor,
                 **self.data.fingerprints(),
+                "order": self._order(),
                 "config": asdict(self.config),
             }
             checkpoints.save(self.engine, folder, state)
-            if self.ranks.is_main:
-                if self.best is not None:
-                    self.best.save(self.folder)
-                keep = {checkpoints.step_folder(self.checkpoints, self.best.step).name} if self.best else set()
-                checkpoints.prune(self.checkpoints, self.config.train.keep_last, keep)
+
+    def _prune(self) -> None:
+        if self.ranks.is_main:
+            keep = {checkpoints.step_folder(self.checkpoints, self.best.step).name} if self.best else set()
+            checkpoints.prune(self.checkpoints, self.config.train.keep_last, keep)
 
     def _say(self, message: str) -> None:
         if self.ranks.is_main:

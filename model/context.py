@@ -11,8 +11,6 @@ from onetrain.model.attention import KeyValue
 from onetrain.model.inputs import Context
 from onetrain.model.options import ModelOptions, Vocabulary
 
-GAP_BUCKETS = 32
-
 
 class EventFeatures(nn.Module):
     """Embeds each event's features with width `embed_dim` each and concatenates them."""
@@ -24,7 +22,7 @@ class EventFeatures(nn.Module):
             "item": vocabulary.n_items,
             "behaviour": vocabulary.n_behaviours,
             "scenario": vocabulary.n_scenarios,
-            "gap": GAP_BUCKETS,
+            "gap": vocabulary.n_gaps,
         }
         self.names = tuple(name for name in options.features if name != "sid")
         self.tables = nn.ModuleDict({name: nn.Embedding(sizes[name], width) for name in self.names})

@@ -6,6 +6,8 @@ Legend: d = width, L = SID levels, V = codes per level, G = KV groups.
 from dataclasses import dataclass
 from typing import Literal
 
+FIELD_OF = {"kv_groups": "g_kv", "ffn_width": "d_ff"}
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -30,6 +32,9 @@ class ModelOptions:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "kv_groups", "ffn_width", "embed_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{FIELD_OF.get(name, name)} is {getattr(self, name)}; it is at least 1")
         if self.d_model % self.n_heads:
             raise ValueError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}")
         if self.n_heads % self.kv_groups:
@@ -74,6 +79,7 @@ class Vocabulary:
     n_behaviours: int
     n_scenarios: int
     max_context: int  # longest context window, in events
+    n_gaps: int = 32  # buckets of the time since the event before
 
     @property
     def levels(self) -> int:

@@ -61,8 +61,8 @@ def ranking_metrics(rank_BT: Tensor, real_BT: Tensor, ks: tuple[int, ...]) -> di
     metrics: dict[str, Tensor] = {}
     for k in ks:
         hit_BT = rank_BT < k
-        ideal_k = 1 / torch.log2(torch.arange(k, dtype=torch.float64, device=rank_BT.device) + 2)
-        ideal_B = ideal_k.cumsum(0)[(targets_B.clamp(max=k) - 1).long()]
+        ideal_k = (1 / torch.log2(torch.arange(k, dtype=torch.float64) + 2)).cumsum(0).to(rank_BT.device)
+        ideal_B = ideal_k[(targets_B.clamp(max=k) - 1).long()]
         metrics[f"recall@{k}"] = hit_BT.sum(1) / targets_B
         metrics[f"ndcg@{k}"] = (hit_BT / torch.log2(rank_BT + 2)).sum(1) / ideal_B
         metrics[f"hr@{k}"] = hit_BT.any(1).double()

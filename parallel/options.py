@@ -17,6 +17,12 @@ class ParallelOptions:
     collective_timeout_s: int = 600
     deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys that override the generated ones
 
+    def __post_init__(self) -> None:
+        if self.gradient_clipping < 0:
+            raise ValueError(f"parallel.gradient_clipping is {self.gradient_clipping}; it is a norm, or 0 for none")
+        if self.collective_timeout_s < 1:
+            raise ValueError(f"parallel.collective_timeout_s is {self.collective_timeout_s}; it is at least 1 second")
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
@@ -31,3 +37,16 @@ class OptimizerOptions:
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 100
     final_ratio: float = 0.0  # learning rate at the last step over its peak
+
+    def __post_init__(self) -> None:
+        rates = {"learning_rate": self.learning_rate, "embedding_learning_rate": self.embedding_learning_rate}
+        for name, rate in rates.items():
+            if rate is not None and rate < 0:
+                raise ValueError(f"optimizer.{name} is {rate}; it is at least 0")
+        for name in ("weight_decay", "warmup_steps", "final_ratio"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it is at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps < 0:
+            raise ValueError(
+                f"optimizer.betas {list(self.betas)} lie in [0, 1), and optimizer.eps {self.eps} is at least 0"
+            )

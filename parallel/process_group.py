@@ -105,7 +105,13 @@ def raise_together(error: str | None, ranks: Ranks) -> None:
 
 def _device() -> torch.device:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ParallelError(
+                f"LOCAL_RANK {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}. "
+                "Start at most that many ranks here, or set DS_ACCELERATOR=cpu to train on CPU with gloo."
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -225,12 +225,16 @@ def test_debug_says_how_many_steps(job, stand_in):
 def test_evaluate_prints_and_saves_its_table(job, stand_in, tmp_path):
     calls, saved = [], []
 
+    def save(config):
+        saved.append(config)
+        return tmp_path / "evaluation_test.json"
+
     def evaluate(config, checkpoint, split, progress):
         progress("users", 2, 2)
         calls.append((config.name, checkpoint, split))
         rows = [["popularity", 0.0123], ["model", 0.0624]]
         return SimpleNamespace(
-            title="test", columns=["method", "recall@10"], rows=rows, notes=["full ranking"], save=saved.append
+            title="test", columns=["method", "recall@10"], rows=rows, notes=["full ranking"], save=save
         )
 
     stand_in("onetrain.launcher.evaluate", "evaluate", evaluate)
@@ -238,7 +242,8 @@ def test_evaluate_prints_and_saves_its_table(job, stand_in, tmp_path):
     assert done.exit_code == 0, done.output
     assert onetrain("evaluate", job, "--checkpoint", "/c/step_1", "--split", "valid").exit_code == 0
     assert calls == [("job", "best", "test"), ("job", "/c/step_1", "valid")]
-    assert saved == [tmp_path / "runs" / "job" / "evaluation.json"] * 2
+    assert [config.name for config in saved] == ["job", "job"]
+    assert "evaluation_test.json" in done.stderr
     for part in ("popularity", "0.0123", "0.0624", "full ranking"):
         assert part in done.stdout
 

@@ -230,6 +230,8 @@ def test_difference_lists_the_changed_keys():
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+not_negative = st.floats(0, allow_infinity=False)
+below_one = st.floats(0, 1, exclude_max=True)
 segment = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=12).filter(
     lambda part: part not in (".", "..")
 )
@@ -255,14 +257,36 @@ configs = st.builds(
         ),
     ),
     model=st.builds(
-        ModelOptions, d_ff=st.none() | st.integers(), features=st.sampled_from([("sid",), ("item", "gap")])
+        ModelOptions, d_ff=st.none() | st.integers(1), features=st.sampled_from([("sid",), ("item", "gap")])
     ),
-    optimizer=st.builds(OptimizerOptions, learning_rate=finite, betas=st.tuples(finite, finite)),
+    optimizer=st.builds(OptimizerOptions, learning_rate=not_negative, betas=st.tuples(below_one, below_one)),
     parallel=st.builds(ParallelOptions, deepspeed=st.dictionaries(text, json_value, max_size=3)),
     tracking=st.builds(
         TrackingOptions, project=text, entity=st.none() | text, tags=st.lists(text, max_size=3).map(tuple)
     ),
 )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.n_heads=0",
+        "model.g_kv=0",
+        "model.d_model=0",
+        "model.embed_dim=0",
+        "optimizer.learning_rate=-1.0",
+        "optimizer.embedding_learning_rate=-0.5",
+        "optimizer.betas=[2.0, 0.0]",
+        "optimizer.warmup_steps=-5",
+        "parallel.gradient_clipping=-1.0",
+        "parallel.collective_timeout_s=0",
+        "batch.behaviour_weights={view: 0.0}",
+        "batch.min_context=51",
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(write, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        load_config(write(SMALLEST), [override])
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -274,7 +298,7 @@ def test_saved_configurations_load_back_equal(tmp_path, config):
     assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]
 
 
-@given(number=finite)
+@given(number=not_negative)
 def test_a_float_written_by_python_overrides_as_itself(tmp_path_factory, number):
     path = tmp_path_factory.getbasetemp() / "float.yaml"
     path.write_text(SMALLEST)

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from onetrain.model.context import GAP_BUCKETS
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.lazy_decoder import LazyDecoder
 from onetrain.model.options import ModelOptions, Vocabulary
@@ -44,7 +43,7 @@ def random_context(vocab, rows, events, seed=0):
         item_BN=integers(vocab.n_items, rows, events),
         behaviour_BN=integers(vocab.n_behaviours, rows, events),
         scenario_BN=integers(vocab.n_scenarios, rows, events),
-        gap_BN=integers(GAP_BUCKETS, rows, events),
+        gap_BN=integers(vocab.n_gaps, rows, events),
         length_B=length_B,
     )
 

@@ -6,8 +6,6 @@ from decoder_cases import random_context, random_model, random_targets, vocabula
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from onetrain.data.batch import GAP_BUCKETS as DATA_BUCKETS
-from onetrain.model.context import GAP_BUCKETS
 from onetrain.model.flops import forward_flops
 from onetrain.model.inputs import Targets
 from onetrain.model.options import ModelOptions
@@ -58,7 +56,3 @@ def test_the_published_1b_model_within_the_parts_that_both_count():
     assert published == pytest.approx(18.89e9, rel=1e-3)
     counted = flops.training(1, 512, 512 / 5) - heads - self_scores + 6 * 3 * (1e9 - blocks)
     assert counted == pytest.approx(published, rel=1e-9)
-
-
-def test_gaps_have_as_many_buckets_in_the_data_as_in_the_model():
-    assert DATA_BUCKETS == GAP_BUCKETS
