@@ -80,6 +80,8 @@ class _Run:
         """Optimizer steps up to `last_step`, with logs, validations and checkpoints on the way."""
         options = self.config.train
         metrics: dict[str, float] = {"step": self.engine.step}
+        if self.engine.step >= last_step:
+            self._say(f"nothing left to do: {self.engine.step} steps are done, and {last_step} were asked for")
         for step in self._steps(last_step):
             with self.meter.step(step):
                 torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.ranks.rank))
