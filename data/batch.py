@@ -93,8 +93,8 @@ def gap_buckets(timestamp_ms: NDArray[np.int64], events: slice) -> NDArray[np.in
 
 
 def _new_day(sample: Sample, events: list[int], ends: list[int]) -> NDArray[np.bool_]:
-    days = sample.user.timestamp_ms // DAY_MS
-    return days[events] > days[np.maximum(np.array(ends) - 1, 0)]
+    time_ms = sample.user.timestamp_ms  # sliced first: a history can be long, and this runs for every sample
+    return time_ms[events] // DAY_MS > time_ms[np.maximum(np.array(ends) - 1, 0)] // DAY_MS
 
 
 def _pad(rows: Sequence[NDArray], dtype: type = np.int64) -> NDArray:

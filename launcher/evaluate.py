@@ -61,7 +61,6 @@ class EvaluationTable:
 def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progress | None = None) -> EvaluationTable:
     """Evaluate `checkpoint` ("best", "latest" or a folder) on all requests of `split`, in this process.
 
-
     Raises ConfigError for a checkpoint that is not there or belongs to another SID map, DataError for damaged data.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))

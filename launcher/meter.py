@@ -39,7 +39,7 @@ class Meter:
             self._samples += len(batch.length_B)
 
     @contextmanager
-    def pause(self, _what: str) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Time that does not count as training: validation, checkpoints."""
         started = time.perf_counter()
         yield

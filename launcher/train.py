@@ -191,7 +191,7 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         """Ranking metrics of the validation split on all ranks; names the best checkpoint, which is saved already."""
         options = self.config.evaluation
-        with self.meter.pause("evaluate"), self.engine.gathered() as module:
+        with self.meter.pause(), self.engine.gathered() as module:
             module.eval()
             ranker = self.evaluator.model_ranker(_as_lazy_decoder(module), self.ranks.device)
             result = self.evaluator.run(ranker, self.ranks, options.max_users)[SUBSETS[0]]
@@ -208,7 +208,7 @@ class _Run:
         return {f"valid_{name}": number for name, number in result.means.items()}
 
     def _save(self) -> None:
-        with self.meter.pause("checkpoint"):
+        with self.meter.pause():
             folder = checkpoints.step_folder(self.checkpoints, self.engine.step)
             state = {
                 "step": self.engine.step,
