@@ -1,16 +1,17 @@
 """Constrained beam search over the trie of valid semantic IDs.
 
-Legend: B users, K beams, L SID levels, V codes per level, D width.
+Legend: B users, K beams, L SID levels, V codes per level, C most children of a beam's prefix.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from onetrain.model.attention import KeyValue
+from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context
-from onetrain.model.lazy_decoder import LazyDecoder, TargetLayout
 from onetrain.model.trie import SidTrie
 
 
@@ -23,34 +24,47 @@ class Beams(NamedTuple):
 
 
 @torch.no_grad()
-def beam_search(model: LazyDecoder, context: Context, trie: SidTrie, beam_size: int) -> Beams:
+def beam_search(
+    model: SidDecoder, context: Context, trie: SidTrie, beam_size: int, request: Mapping[str, Tensor] | None = None
+) -> Beams:
     """The `beam_size` most probable valid SIDs of each context row; exact if no level has more prefixes than beams.
 
-    The context is processed once and shared by all beams; self-attention keys of earlier levels are cached.
+    The context is processed once and shared by all beams; keys of earlier tokens are cached. With MTP the main stack
+    runs once, and p is the product of what main stack and modules predict. `request` holds ids (B,) of the moment's
+    features.
     """
-    rows, device = context.length_B.shape[0], context.length_B.device
-    kv_sets = model.context(context)
-    visible_B1P = model.visible(context, context.length_B[:, None])
-    codes_BKS = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)
+    state = model.start(context, request or {})
+    rows, device = _rows(context), _device(context)
+    code_BK: Tensor | None = None
+    codes_BKL = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)
     score_BK = torch.zeros(rows, 1, device=device)
     node_BK = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-    token_MSD = model.embed_prefix(codes_BKS.flatten(0, 1))
-    caches: list[KeyValue] | None = None
-    for level, size in enumerate(trie.sizes):
+    for level in range(len(trie.sizes)):
         beams = score_BK.shape[1]
-        mask_BKP = visible_B1P.expand(-1, beams, -1)
-        h_MSD, caches = model.run_blocks(token_MSD, kv_sets, mask_BKP, TargetLayout(rows, beams, None), caches)
-        log_p = model.logits(h_MSD[:, -1], level).float().log_softmax(-1).view(rows, beams, size)
-        valid, child = trie.next_codes(level, node_BK.flatten())
-        total = (score_BK[..., None] + log_p).masked_fill(~valid.view_as(log_p), -torch.inf).flatten(1)
-        score_BK, choice_BK = total.topk(min(beam_size, total.shape[1]), dim=1)
-        parent_BK, code_BK = choice_BK // size, choice_BK % size
-        node_BK = child.view(rows, -1).gather(1, choice_BK)
-        codes_BKS = torch.cat(
-            (codes_BKS.gather(1, parent_BK[..., None].expand(-1, -1, level)), code_BK[..., None]), dim=-1
-        )
+        logits_MV, state = model.step(state, level, code_BK)
+        next_MC, child_MC, real_MC = trie.next_codes(level, node_BK.flatten())
+        # only children's scores are wanted, but over the whole vocabulary
+        log_p_MC = logits_MV.float().gather(1, next_MC) - logits_MV.float().logsumexp(-1, keepdim=True)
+        total_MC = (score_BK.flatten()[:, None] + log_p_MC).masked_fill(~real_MC, -torch.inf)
+        children = next_MC.shape[1]
+        short = max(0, beam_size - beams * children) if level + 1 == len(trie.sizes) else 0
+        score_BK, choice_BK = total_MC.view(rows, -1).topk(min(beam_size, beams * children), dim=1)
+        parent_BK = choice_BK // children
+        code_BK = next_MC.view(rows, -1).gather(1, choice_BK)
+        node_BK = child_MC.view(rows, -1).gather(1, choice_BK)
+        earlier_BKL = codes_BKL.gather(1, parent_BK[..., None].expand(-1, -1, level))
+        codes_BKL = torch.cat((earlier_BKL, code_BK[..., None]), dim=-1)
         if level + 1 < len(trie.sizes):
-            source_M = (parent_BK + beams * torch.arange(rows, device=device)[:, None]).flatten()
-            caches = [KeyValue(*(part.index_select(0, source_M) for part in cache)) for cache in caches]
-            token_MSD = model.code_embeddings[level](code_BK.flatten())[:, None]
-    return Beams(codes_BKS, score_BK, node_BK.masked_fill(score_BK == -torch.inf, -1))
+            first_B1 = beams * torch.arange(rows, device=device)[:, None]
+            state = model.select(state, (parent_BK + first_B1).flatten())
+    score_BK = F.pad(score_BK, (0, short), value=-torch.inf)
+    codes_BKL, node_BK = F.pad(codes_BKL, (0, 0, 0, short)), F.pad(node_BK, (0, short))
+    return Beams(codes_BKL, score_BK, node_BK.masked_fill(score_BK == -torch.inf, -1))
+
+
+def _rows(context: Context) -> int:
+    return len(next(iter(context.sequences.values())).length_B)
+
+
+def _device(context: Context) -> torch.device:
+    return next(iter(context.sequences.values())).length_B.device

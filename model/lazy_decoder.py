@@ -1,167 +1,149 @@
-"""The dense OneRec-V2 lazy decoder (arXiv 2508.20900, section 2).
+"""The lazy decoder of OneRec-V2 (arXiv 2508.20900, section 2), OneMall and OneLive.
 
-The context is turned into key/value sets once; only [BOS, s1, ..., s_{L-1}] of each target runs through the blocks.
+The context is turned into keys and values once; only [BOS, s1, ..., s_{L-1}] of each target runs through the blocks.
+With an encoder before it, this is the encoder-decoder of OneRec-V1 and TIGER.
 
-Legend: B context rows, P context positions (one static + N events), T target slots per row, M targets that count,
-S tokens per target, Q query tokens per row, L SID levels, D width, V codes per level.
+Legend: B context rows, P context positions, T target slots per row, M targets that count, S tokens per target,
+K beams, L SID levels, D width, V codes per level.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from onetrain.model.attention import CrossAttention, KeyValue, SelfAttention
-from onetrain.model.context import ContextProcessor
+from onetrain.model.attention import KeyValue
+from onetrain.model.block import Block, Encoder
+from onetrain.model.context import NEVER, ContextProcessor
+from onetrain.model.contrastive import ItemTower
+from onetrain.model.decoder import Contrast, Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
+from onetrain.model.mtp import LiteModule
 from onetrain.model.options import ModelOptions, Vocabulary
 
 
-@dataclass(frozen=True)
-class TargetLayout:
-    """Where M targets sit among B rows of T slots, so that only cross-attention ever sees padding slots."""
+class Memory(NamedTuple):
+    """The processed context: keys and values for every block, and what each target may see of it."""
 
-    rows: int  # B
-    slots: int  # T
-    index_M: Tensor | None  # flat slot b * T + t of each target; None = every slot is a target
-
-    def to_rows(self, x_MSD: Tensor) -> Tensor:
-        """(M, S, D) to (B, T * S, D); padding slots are zero."""
-        if self.index_M is None:
-            return x_MSD.reshape(self.rows, -1, x_MSD.shape[-1])
-        slots = x_MSD.new_zeros(self.rows * self.slots, *x_MSD.shape[1:]).index_copy(0, self.index_M, x_MSD)
-        return slots.reshape(self.rows, -1, x_MSD.shape[-1])
-
-    def from_rows(self, x_BQD: Tensor) -> Tensor:
-        """(B, T * S, D) to (M, S, D)."""
-        slots = x_BQD.reshape(self.rows * self.slots, -1, x_BQD.shape[-1])
-        return slots if self.index_M is None else slots.index_select(0, self.index_M)
+    kv: list[KeyValue]  # of block 0, 1, ...; blocks that share a set hold the same tensors
+    index_BP: Tensor
 
 
-class SwiGLU(nn.Module):
-    """FFN(x) = (silu(x W_gate) * x W_up) W_down; 4 * d_model wide in every published size (section 2.4)."""
+class BeamState(NamedTuple):
+    """What decoding carries from level to level. All beams of a row share its memory."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as `x`."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    memory: Memory
+    request: Mapping[str, Tensor]  # (M,)
+    caches: list[KeyValue]  # self-attention keys and values so far: of every block, with MTP of the first block's BOS
+    h_MD: Tensor | None  # states of the level before, which MTP fuses with the next code
 
 
-class Block(nn.Module):
-    """Pre-norm cross-attention, causal self-attention and FFN, each with a residual (section 2.3)."""
-
-    def __init__(self, options: ModelOptions) -> None:
-        super().__init__()
-        d_model = options.d_model
-        self.cross_norm = nn.RMSNorm(d_model, eps=options.norm_eps)
-        self.cross = CrossAttention(d_model, options.n_heads)
-        self.self_norm = nn.RMSNorm(d_model, eps=options.norm_eps)
-        self.self_attention = SelfAttention(d_model, options.n_heads)
-        self.ffn_norm = nn.RMSNorm(d_model, eps=options.norm_eps)
-        self.ffn = SwiGLU(d_model, options.ffn_width)
-        self.dropout = nn.Dropout(options.dropout)
-
-    def forward(
-        self, h_MSD: Tensor, kv: KeyValue, mask_BQP: Tensor, layout: TargetLayout, past: KeyValue | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        """Returns the new hidden states (M, S, D) and the self-attention keys and values so far."""
-        cross_BQD = self.cross(layout.to_rows(self.cross_norm(h_MSD)), kv, mask_BQP)
-        h_MSD = h_MSD + self.dropout(layout.from_rows(cross_BQD))
-        self_MSD, present = self.self_attention(self.self_norm(h_MSD), past)
-        h_MSD = h_MSD + self.dropout(self_MSD)
-        return h_MSD + self.dropout(self.ffn(self.ffn_norm(h_MSD))), present
-
-
-class LazyDecoder(nn.Module):
+class LazyDecoder(SidDecoder):
     """Context and target prefixes to logits of every SID level."""
 
     def __init__(self, options: ModelOptions, vocabulary: Vocabulary) -> None:
-        super().__init__()
-        self.options, self.vocabulary = options, vocabulary
+        super().__init__(options, vocabulary)
         self.context = ContextProcessor(options, vocabulary)
-        self.bos = nn.Embedding(1, options.d_model)
-        self.code_embeddings = nn.ModuleList(nn.Embedding(codes, options.d_model) for codes in vocabulary.codes[:-1])
+        self.encoder = Encoder(options) if options.encoder_layers else None
         self.input_dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layers))
-        self.norms = nn.ModuleList(nn.RMSNorm(options.d_model, eps=options.norm_eps) for _ in vocabulary.codes)
-        self.heads = nn.ModuleList(nn.Linear(options.d_model, codes, bias=False) for codes in vocabulary.codes)
+        self.blocks = nn.ModuleList(Block(options, options.is_sparse(index)) for index in range(options.n_layers))
+        modules = vocabulary.levels - 1 if options.mtp.enabled else 0
+        self.mtp = nn.ModuleList(LiteModule(options) for _ in range(modules))
+        contrastive = options.contrastive.weight > 0
+        self.item_tower = ItemTower(options, vocabulary) if contrastive else None
+        self.state_norm = nn.RMSNorm(options.d_model, eps=options.norm_eps) if contrastive else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Normal(0, init_std); projections onto the residual stream are scaled by 1/sqrt(3 * n_layers) (assumption)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.options.init_std)
-        residual_std = self.options.init_std / math.sqrt(3 * self.options.n_layers)
-        for module in self.modules():
-            if isinstance(module, CrossAttention | SelfAttention):
-                nn.init.normal_(module.out.weight, std=residual_std)
-            elif isinstance(module, SwiGLU):
-                nn.init.normal_(module.down.weight, std=residual_std)
+    def forward(self, context: Context, targets: Targets) -> Predictions:
+        """Teacher-forced predictions of the targets that count (weight above 0), in row-major slot order."""
+        layout, levels = TargetLayout.of(targets), self.vocabulary.levels
+        codes_ML, weight_M = layout.pick(targets.sid_BTL), layout.pick(targets.weight_BT)
+        request = {name: layout.pick(ids_BT) for name, ids_BT in targets.request.items()}
+        memory = self.remember(context)
+        mask_BTP = memory.index_BP[:, None] < targets.end_BT[..., None]
+        inputs_MS = codes_ML if self.item_tower is not None else codes_ML[:, :-1]
+        tokens_MSD = self.tokens.embed(inputs_MS, request)
+        h_MSD, caches = self.run_blocks(tokens_MSD, memory.kv, mask_BTP, layout)
+        logits = [self.tokens.logits(h_MSD[:, level], level, request) for level in range(levels)]
+        contrast = None
+        if self.item_tower is not None and self.state_norm is not None:
+            assert targets.log_q_BT is not None
+            item = {name: layout.pick(ids_BT) for name, ids_BT in targets.item.items()}
+            contrast = Contrast(
+                self.state_norm(h_MSD[:, levels]),
+                self.item_tower(codes_ML, item),
+                item["item"],
+                layout.pick(targets.log_q_BT),
+            )
+        mtp_logits = []
+        bos = self._bos(caches[0])
+        for depth, module in enumerate(self.mtp, 1):  # state of slot j and code of level j + depth - 1
+            slots = levels - depth
+            code_MSD = tokens_MSD[:, depth : depth + slots]  # slot 0 of the tokens is BOS
+            h_MSD = module(h_MSD[:, :slots], code_MSD, self.blocks[0], memory.kv[0], mask_BTP, layout, bos)
+            mtp_logits.append([self.tokens.logits(h_MSD[:, j], depth + j, request) for j in range(slots)])
+        return Predictions(logits, codes_ML, weight_M, mtp_logits, contrast)
 
-    def forward(self, context: Context, targets: Targets) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Teacher-forced logits of the targets that count (weight above 0), in row-major slot order.
-
-        Returns logits per level, each (M, V_l), the codes (M, L) they are to predict, and the weights (M,).
-        """
-        rows, slots = targets.weight_BT.shape
-        keep = targets.weight_BT.flatten() > 0
-        layout = TargetLayout(rows, slots, None if bool(keep.all()) else keep.nonzero().squeeze(1))
-        codes_ML, weight_M = targets.sid_BTL.flatten(0, 1), targets.weight_BT.flatten()
-        if layout.index_M is not None:
-            codes_ML, weight_M = codes_ML[layout.index_M], weight_M[layout.index_M]
-        h_MSD = self.embed_prefix(codes_ML[:, :-1])
-        mask_BTP = self.visible(context, targets.end_BT)
-        h_MSD, _ = self.run_blocks(h_MSD, self.context(context), mask_BTP, layout)
-        return [self.logits(h_MSD[:, level], level) for level in range(len(self.heads))], codes_ML, weight_M
-
-    def embed_prefix(self, codes_MS: Tensor) -> Tensor:
-        """[BOS, s_1 .. s_S] to (M, S + 1, D)."""
-        bos_M1D = self.bos.weight.expand(codes_MS.shape[0], 1, -1)
-        codes = [
-            table(codes_MS[:, level, None]) for level, table in enumerate(self.code_embeddings[: codes_MS.shape[1]])
-        ]
-        return torch.cat((bos_M1D, *codes), dim=1)
-
-    def visible(self, context: Context, end_BT: Tensor) -> Tensor:
-        """(B, T, P): the static position always, an event if it lies before its target's `end`.
-
-        While training, `context_dropout` hides events at random, alike for every target of a row.
-        """
-        rows, events = context.item_BN.shape
-        index_N = torch.arange(events, device=end_BT.device)
-        seen_BTN = index_N < torch.minimum(end_BT, context.length_B[:, None])[..., None]
-        if self.training and self.options.context_dropout > 0:
-            kept_B1N = torch.rand(rows, 1, events, device=end_BT.device) >= self.options.context_dropout
-            seen_BTN = seen_BTN & kept_B1N
-        return F.pad(seen_BTN, (1, 0), value=True)
+    def remember(self, context: Context) -> Memory:
+        """Process the context: once per request, whatever the number of targets or beams."""
+        x_BPD, index_BP = self.context(context)
+        if self.encoder is not None:
+            x_BPD = self.encoder(x_BPD, index_BP != NEVER)
+        if self.options.cross_attention == "projected_kv":
+            return Memory([block.cross.project(x_BPD) for block in self.blocks], index_BP)
+        sets, layers = self.context.key_value_sets(x_BPD), self.options.n_layers
+        return Memory([sets[layer * self.options.l_kv // layers] for layer in range(layers)], index_BP)
 
     def run_blocks(
         self,
         h_MSD: Tensor,
-        kv_sets: list[KeyValue],
+        kv: list[KeyValue],
         mask_BTP: Tensor,
         layout: TargetLayout,
-        past: Sequence[KeyValue | None] | None = None,
+        past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """All blocks; block l reads KV set floor(l * L_kv / N_layer). Returns hidden states, self-attention caches."""
-        mask_BQP = mask_BTP.repeat_interleave(h_MSD.shape[1], dim=1)
+        """All blocks, each with its own context keys. Returns hidden states and self-attention caches."""
         h_MSD = self.input_dropout(h_MSD)
         caches = []
         for index, block in enumerate(self.blocks):
-            kv = kv_sets[index * self.options.l_kv // self.options.n_layers]
-            h_MSD, present = block(h_MSD, kv, mask_BQP, layout, None if past is None else past[index])
+            h_MSD, present = block(h_MSD, kv[index], mask_BTP, layout, None if past is None else past[index])
             caches.append(present)
         return h_MSD, caches
 
-    def logits(self, h_MD: Tensor, level: int) -> Tensor:
-        """Position-specific norm and head of one SID level: (M, D) to (M, V)."""
-        return self.heads[level](self.norms[level](h_MD))
+    def start(self, context: Context, request: Mapping[str, Tensor]) -> BeamState:
+        """Process the context once, for all beams of its rows."""
+        return BeamState(self.remember(context), request, [], None)
+
+    def step(self, state: BeamState, level: int, code_BK: Tensor | None) -> tuple[Tensor, BeamState]:
+        """Logits (B * K, V) of `level`; with MTP, the main stack runs at level 0 only."""
+        memory, request, caches, h_MD = state
+        rows = memory.index_BP.shape[0]
+        layout = TargetLayout(rows, 1 if code_BK is None else code_BK.shape[1], None)
+        mask_BTP = (memory.index_BP[:, None] < NEVER).expand(-1, layout.slots, -1)  # all that is no padding
+        if code_BK is None:
+            token_M1D = self.tokens.embed(memory.index_BP.new_zeros(rows, 0), request)
+        else:
+            token_M1D = self.tokens.embed_code(code_BK.flatten(), level - 1)[:, None]
+        if h_MD is not None and self.mtp:
+            bos = caches[0] if self.options.mtp.attend_bos else None
+            h_M1D = self.mtp[level - 1](h_MD[:, None], token_M1D, self.blocks[0], memory.kv[0], mask_BTP, layout, bos)
+        else:
+            h_M1D, caches = self.run_blocks(token_M1D, memory.kv, mask_BTP, layout, caches or None)
+            caches = caches[:1] if self.mtp else caches
+        h_MD = h_M1D[:, -1]
+        return self.tokens.logits(h_MD, level, request), BeamState(memory, request, caches, h_MD)
+
+    def select(self, state: BeamState, source_M: Tensor) -> BeamState:
+        """Beams continue the beams `source_M`; the memory stays one per row."""
+        return BeamState(
+            state.memory,
+            {name: ids_M[source_M] for name, ids_M in state.request.items()},
+            [cache.select(source_M) for cache in state.caches],
+            None if state.h_MD is None else state.h_MD[source_M],
+        )
+
+    def _bos(self, cache: KeyValue) -> KeyValue | None:
+        """The first block's key and value of BOS, which lite modules may attend to (assumption)."""
+        if not self.options.mtp.attend_bos:
+            return None
+        return KeyValue(cache.key_BGNK[:, :, :1], cache.value_BGNK[:, :, :1])

@@ -1,6 +1,6 @@
 """The trie of valid semantic IDs, as flat tensors that beam search can gather from.
 
-Legend: I items, L levels, V codes per level, R rows (any batch of nodes), U distinct SIDs (leaves).
+Legend: I items, L levels, V codes per level, R rows (any batch of nodes), C children, U distinct SIDs (leaves).
 """
 
 import torch
@@ -55,19 +55,18 @@ class SidTrie(nn.Module):
         self.register_buffer("leaf_first_U", first_U, persistent=False)
         self.register_buffer("items_by_leaf_I", order, persistent=False)
 
-    def next_codes(self, level: int, node_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Valid next codes of prefixes: mask (R, V) and child node ids (R, V), 0 where the mask is false."""
+    def next_codes(self, level: int, node_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Valid next codes of prefixes, padded to C, the most that one of them has.
+
+        Returns codes (R, C), child node ids (R, C), and which entries are real (R, C), bool; the others are 0.
+        """
         start: Tensor = getattr(self, f"start_{level}")
         codes: Tensor = getattr(self, f"codes_{level}")
         first_R, count_R = start[node_R], start[node_R + 1] - start[node_R]
-        rows = torch.repeat_interleave(torch.arange(len(node_R), device=node_R.device), count_R)
-        within = torch.arange(len(rows), device=node_R.device) - (count_R.cumsum(0) - count_R)[rows]
-        edge = first_R[rows] + within
-        mask_RV = torch.zeros(len(node_R), self.sizes[level], dtype=torch.bool, device=node_R.device)
-        child_RV = torch.zeros(mask_RV.shape, dtype=torch.int64, device=node_R.device)
-        mask_RV[rows, codes[edge]] = True
-        child_RV[rows, codes[edge]] = edge
-        return mask_RV, child_RV
+        within_C = torch.arange(int(count_R.max()), device=node_R.device)
+        real_RC = within_C < count_R[:, None]
+        edge_RC = torch.where(real_RC, first_R[:, None] + within_C, 0)
+        return torch.where(real_RC, codes[edge_RC], 0), edge_RC, real_RC
 
 
 def _row_starts(counts: Tensor) -> Tensor:
