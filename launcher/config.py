@@ -21,44 +21,51 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from onetrain.launcher.config_messages import Location, describe, dotted, mismatch
+from onetrain.launcher.config_preset import with_preset
 from onetrain.launcher.config_yaml import dump_yaml, parse_yaml
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
+from onetrain.model.presets import preset
 
 PathOrNone = TypeVar("PathOrNone", str, str | None)
 METRICS = ("recall", "ndcg", "hr", "mrr")
 _VARIABLE = re.compile(r"\$(?:(?P<literal>[$~])|\{(?P<name>[^}]*)\})")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_data: bool = True) -> RunConfig:
     """Read, override, resolve and validate a configuration.
 
     Args:
         path: a YAML file.
         overrides: `a.b=value` each, the value in YAML; they win over the file, the last over the first.
+        needs_data: whether data.prepared must be named.
 
     Raises:
         ConfigError: one line for every problem.
     """
     problems: list[str] = []
     tree = _resolve(_read(Path(path)), (), problems)
-    for override in overrides:
-        _set(tree, override, problems)
-    config = _validate(tree, problems)
+
+    def override_all(tree: dict[str, Any]) -> None:
+        for override in overrides:
+            _set(tree, override, problems)
+
+    config = _validate(with_preset(tree, override_all, problems), problems)
+    problems = list(dict.fromkeys(problems))  # the overrides were read twice
     if config is None or problems:
         _refuse(str(path), problems)
     config = _with_absolute_paths(config)
-    check(config, str(path))
+    check(config, str(path), needs_data=needs_data)
     return config
 
 
-def check(config: RunConfig, source: str = "configuration") -> None:
+def check(config: RunConfig, source: str = "configuration", *, needs_data: bool = True) -> None:
     """Checks that concern several sections, and the ranges of the launcher's own keys.
 
     Raises:
         ConfigError: one line for every problem.
     """
-    problems = list(_problems(config))
+    problems = list(_problems(config, needs_data))
     if problems:
         _refuse(source, problems)
 
@@ -206,7 +213,7 @@ def _absolute(path: PathOrNone) -> PathOrNone:
     return str(Path.cwd() / path)
 
 
-def _problems(config: RunConfig) -> Iterator[str]:
+def _problems(config: RunConfig, needs_data: bool) -> Iterator[str]:
     """What the sections' own types and checks cannot see."""
     evaluation, train = config.evaluation, config.train
     if not re.fullmatch(r"\w[\w.=+-]*", config.name):
@@ -216,8 +223,15 @@ def _problems(config: RunConfig) -> Iterator[str]:
             f"storage_path: given {config.storage_path!r}; runs are written to a folder that every worker can see, "
             "so mount the store and name the folder"
         )
-    if not config.data.prepared:
+    if needs_data and not config.data.prepared:
         yield "data.prepared: is empty; name the folder that `onetrain prepare` writes, for example prepared/my-logs"
+    if config.model.preset is None and config.model.preset_scale != 1:
+        yield f"model.preset_scale: given {config.model.preset_scale}, but there is no model.preset to scale"
+    elif config.model.preset is not None:
+        try:
+            preset(config.model.preset, config.model.preset_scale)
+        except ValueError as error:
+            yield str(error)
     if config.batch.share_context == "user" and config.model.position == "recency":
         yield (
             "batch.share_context: user needs positions that are the same for every target of a user, and "

@@ -47,6 +47,31 @@ class TrackingOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """What `onetrain plan` cannot know from the rest."""
+
+    sizes: dict[str, int] = field(default_factory=dict)  # ids of every feature, where no prepared data tell
+    targets_per_request: float = 5.0  # that share a context; 5 items are impressed per request in OneRec-V2
+    context_fill: float = 1.0  # mean share of each pathway's length that sequences fill
+    nominal_parameters: float | None = None  # in OneRec-V2's FLOP convention; None = the preset's
+    device_memory_gib: float = 80.0  # of each rank
+    reserve_gib: float = 2.0  # of it for the device's own context, NCCL and fragmentation (assumption)
+
+    def __post_init__(self) -> None:
+        for name in ("targets_per_request", "context_fill", "device_memory_gib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"plan.{name} is {getattr(self, name)}; it is above 0")
+        if self.context_fill > 1 or self.reserve_gib < 0:
+            raise ValueError(
+                f"plan.context_fill is {self.context_fill} and plan.reserve_gib {self.reserve_gib}; "
+                "the first is at most 1, the second at least 0"
+            )
+        for feature, size in self.sizes.items():
+            if size < 1:
+                raise ValueError(f"plan.sizes gives {feature} {size}; it is at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole job: the top level of a YAML file."""
 
@@ -63,3 +88,4 @@ class RunConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)

@@ -80,7 +80,7 @@ def test_a_malformed_override_is_named(write, override):
 def test_every_problem_is_told_at_once(write):
     message = problems_of(
         write(
-            "name: 3\nmode: {}\nmodel: {d_model: '3', features: [sid, gp]}\ntokenizer: {codebook: [1]}\n"
+            "name: 3\nmode: {}\nmodel: {d_model: '3', features: [sid, 4]}\ntokenizer: {codebook: [1]}\n"
             "train: {log_every: 2.0, deterministic: yes}\noptimizer: {betas: [1], warmup_steps: , eps: .nan}\n"
             "evaluation: []\ndata: {source: {behaviours: {1: click}}}"
         )
@@ -89,7 +89,7 @@ def test_every_problem_is_told_at_once(write):
         "name: given 3 (a whole number), expected text",
         "mode: unknown key; did you mean model?",
         'model.d_model: given "3" (text), expected a whole number',
-        'model.features[1]: given "gp" (text), expected one of sid, item, behaviour, scenario, gap',
+        "model.features[1]: given 4 (a whole number), expected text",
         "tokenizer.codebook is [1]",
         "train.log_every: given 2.0 (a number), expected a whole number",
         'train.deterministic: given "yes" (text), expected true or false',
