@@ -1,0 +1,190 @@
+"""Number of parameters of a model by part, in closed form: nothing is built, whatever the size.
+
+Legend: d = d_model, C = concatenated feature width, D = context width, L = SID levels.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from onetrain.model.features import table_rows
+from onetrain.model.options import ModelOptions, QueryFormerOptions, Vocabulary
+
+PARTS = ("embeddings", "context", "encoder", "cross", "self", "ffn", "heads", "mtp", "contrastive")
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part. `active` leaves out the routed experts that a token does not run through.
+
+    embeddings: every lookup table (SIDs, features, positions, BOS); context: pathways, Query-Formers, time MLPs; cross,
+    self and ffn: the decoder's blocks with their norms; heads with theirs; contrastive: the item tower without tables.
+    """
+
+    total_by_part: dict[str, int]
+    active_by_part: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parameters, those of the tables too."""
+        return sum(self.total_by_part.values())
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses; tables count in full."""
+        return sum(self.active_by_part.values())
+
+    @property
+    def blocks(self) -> int:
+        """Of the decoder's blocks alone: 18 d^2 a layer in a dense OneRec-V2, which its sizes are named after."""
+        return sum(self.total_by_part[part] for part in ("cross", "self", "ffn"))
+
+    @property
+    def active_blocks(self) -> int:
+        """Of `blocks` those that one token uses."""
+        return sum(self.active_by_part[part] for part in ("cross", "self", "ffn"))
+
+
+def parameter_counts(options: ModelOptions, vocabulary: Vocabulary) -> ParameterCounts:
+    """Parameters of the network that `model.build` would make.
+
+    Raises ValueError for a feature that the vocabulary lacks, or an unbounded one that is not hashed.
+    """
+    d, layers = options.d_model, options.n_layers
+    decoder_only = options.architecture == "decoder_only"
+    attention = self_attention(options) + d  # and its norm
+    sparse = sum(options.is_sparse(block) for block in range(layers))
+    dense_ffn = layers * d + (layers - sparse) * swiglu(d, options.ffn_width)
+    modules = vocabulary.levels - 1 if options.mtp.enabled else 0
+    total = {
+        "embeddings": _embeddings(options, vocabulary),
+        "context": _context(options, vocabulary),
+        "encoder": options.encoder_layers * (attention + d + swiglu(d, options.ffn_width)) + _if(_encodes(options), d),
+        "cross": 0 if decoder_only else layers * (cross_attention(options) + d),
+        "self": layers * attention,
+        "ffn": dense_ffn + sparse * sparse_ffn(options),
+        "heads": vocabulary.levels * d + d * sum(vocabulary.codes) + _head_biases(options, vocabulary),
+        "mtp": modules * (2 * d + 2 * d * d + d + swiglu(d, options.ffn_width)),
+        "contrastive": _contrastive(options, vocabulary) if options.contrastive.weight > 0 else 0,
+    }
+    active = total | {"ffn": dense_ffn + sparse * sparse_ffn(options, active=True)}
+    return ParameterCounts(total, active)
+
+
+def cross_attention(options: ModelOptions) -> int:
+    """Query, output, the key and value projections that only projected_kv has, gate and norms of one block."""
+    d = options.d_model
+    projected = options.cross_attention == "projected_kv"
+    count = 2 * d * d + _if(projected, 2 * d * options.kv_groups * options.d_head) + _gate(options)
+    return count + _if(options.qk_norm, (1 + projected) * options.d_head)
+
+
+def self_attention(options: ModelOptions) -> int:
+    """Query, key, value, output, gate and norms of one block."""
+    return 4 * options.d_model**2 + _gate(options) + _if(options.qk_norm, 2 * options.d_head)
+
+
+def swiglu(width: int, hidden: int) -> int:
+    """Three matrices."""
+    return 3 * width * hidden
+
+
+def sparse_ffn(options: ModelOptions, active: bool = False) -> int:
+    """Router, experts (all, or the top-k of one token) and shared experts of one block."""
+    moe = options.moe
+    experts = (moe.top_k if active else moe.experts) + moe.shared
+    return options.d_model * moe.experts + experts * swiglu(options.d_model, options.expert_width)
+
+
+def query_former(options: QueryFormerOptions) -> int:
+    """Queries, the norm of what they read, and blocks."""
+    w = options.width
+    return options.queries * w + w + options.blocks * (4 * w * w + 2 * w + swiglu(w, options.ffn_width))
+
+
+def event_width(options: ModelOptions, vocabulary: Vocabulary) -> int:
+    """C: width of an event's concatenated features (of one code's, with flatten_codes)."""
+    codes = 1 if options.flatten_codes else vocabulary.levels
+    return sum(options.width_of(name) * (codes if name == "sid" else 1) for name in options.features)
+
+
+def time_width(options: ModelOptions) -> int:
+    """Width of the concatenated time features; 0 without time-awareness."""
+    return sum(options.width_of(name) for name in options.time_features) if options.time_aware else 0
+
+
+def item_tokens(options: ModelOptions, vocabulary: Vocabulary) -> list[int]:
+    """Widths of the feature tokens that the item tower reads: the codes first."""
+    features = options.contrastive.features
+    codes = [options.width_of("sid")] * (vocabulary.levels if "sid" in features else 0)
+    return codes + [options.width_of(name) for name in features if name != "sid"]
+
+
+def _embeddings(options: ModelOptions, vocabulary: Vocabulary) -> int:
+    d, codes = options.d_model, vocabulary.codes
+    contrastive = options.contrastive.weight > 0
+    sid = options.width_of("sid") * sum(codes)
+    count = _if("sid" in options.features, sid) + _tables(options.features, vocabulary.features, options)
+    if options.time_aware:  # of events and of BOS
+        count += 2 * _tables(options.time_features, vocabulary.features, options)
+    if options.user_features:
+        count += _tables(options.user_features, vocabulary.user_features, options)
+    else:
+        count += options.d_context
+    if options.position != "none":
+        per_event = vocabulary.levels if options.flatten_codes else 1
+        count += event_width(options, vocabulary) * per_event * sum(vocabulary.pathways.values())
+    count += d + d * sum(codes if contrastive else codes[:-1])
+    count += _if(options.scenario_bos, d * _scenarios(vocabulary))
+    if contrastive:
+        features = options.contrastive.features
+        count += _if("sid" in features, sid) + _tables(features, vocabulary.features, options)
+    return count
+
+
+def _context(options: ModelOptions, vocabulary: Vocabulary) -> int:
+    width, out = event_width(options, vocabulary), options.d_context
+    mlp = options.pathway_projection == "mlp"
+    count = out  # norm of the static position
+    if options.user_features:
+        count += sum(options.width_of(name) for name in options.user_features) * out + out * out
+    for name in vocabulary.pathways:
+        former = options.query_formers.get(name)
+        inner = out if former is None else former.width
+        count += width * inner + _if(mlp, inner * inner) + out
+        count += 0 if former is None else query_former(former) + former.width * out
+    if options.time_aware:
+        d, time = options.d_model, time_width(options)
+        count += (time + width) * width + (time + d) * d
+    if options.architecture == "lazy_decoder" and options.cross_attention == "shared_kv":
+        count += out  # a gain for every column of every chunk
+    return count
+
+
+def _contrastive(options: ModelOptions, vocabulary: Vocabulary) -> int:
+    d, former = options.d_model, options.contrastive.query_former
+    tower = sum(width * former.width for width in item_tokens(options, vocabulary)) + query_former(former)
+    return d + tower + former.queries * former.width * d + d * d  # the first d: norm of the state
+
+
+def _tables(names: Iterable[str], sizes: Mapping[str, int | None], options: ModelOptions) -> int:
+    return sum(table_rows(name, sizes, options) * options.width_of(name) for name in names if name != "sid")
+
+
+def _head_biases(options: ModelOptions, vocabulary: Vocabulary) -> int:
+    return _if(options.scenario_head_bias, _scenarios(vocabulary) * sum(vocabulary.codes))
+
+
+def _scenarios(vocabulary: Vocabulary) -> int:
+    return vocabulary.features.get("scenario") or 1
+
+
+def _gate(options: ModelOptions) -> int:
+    return _if(options.output_gate, options.d_model**2 + _if(options.gate_bias is not None, options.d_model))
+
+
+def _encodes(options: ModelOptions) -> bool:
+    return options.encoder_layers > 0
+
+
+def _if(condition: bool, count: int) -> int:
+    return count if condition else 0
