@@ -66,6 +66,25 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class PathwayOptions:
+    """One behaviour pathway: the last `length` events before a request that pass every filter."""
+
+    length: int | None = None  # None = batch.max_context
+    behaviours: tuple[str, ...] = ()  # empty = every behaviour
+    scenarios: tuple[str, ...] = ()  # empty = every scenario
+    min_watched: float | None = None  # least share of the duration that was watched; unknown shares never pass
+    skip: int = 0  # leave out so many of the newest events that pass: a long pathway goes on where a short one ends
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length of a pathway of batch.pathways is {self.length}; it is at least 1")
+        if self.skip < 0:
+            raise ValueError(f"skip of a pathway of batch.pathways is {self.skip}; it is at least 0")
+        if self.min_watched is not None and self.min_watched < 0:
+            raise ValueError(f"min_watched of a pathway of batch.pathways is {self.min_watched}; it is at least 0")
+
+
+@dataclass(frozen=True)
 class BatchOptions:
     """Prepared shards to training batches."""
 
@@ -75,6 +94,8 @@ class BatchOptions:
     target_behaviours: tuple[str, ...] = ()  # empty = every behaviour
     behaviour_weights: dict[str, float] = field(default_factory=dict)  # loss weight; 1 where absent
     min_context: int = 1  # requests with fewer earlier events are no samples
+    pathways: dict[str, PathwayOptions] = field(default_factory=lambda: {"history": PathwayOptions()})
+    utc_offset_hours: float = 0.0  # of the clock that the features hour, weekday and weekend read
 
     def __post_init__(self) -> None:
         for name, weight in self.behaviour_weights.items():
@@ -88,3 +109,29 @@ class BatchOptions:
                 f"batch.min_context {self.min_context} and batch.max_context {self.max_context}: "
                 "1 <= min_context <= max_context"
             )
+        if not -12 <= self.utc_offset_hours <= 14:
+            raise ValueError(f"batch.utc_offset_hours is {self.utc_offset_hours}; clocks on Earth are at -12 to 14")
+        self._check_pathways()
+
+    def _check_pathways(self) -> None:
+        if not self.pathways:
+            raise ValueError(
+                "batch.pathways is empty; leave it out for one pathway of the last batch.max_context events"
+            )
+        for name in self.pathways:
+            if not name.isidentifier():
+                raise ValueError(f"batch.pathways: {name!r} is no name; use letters, digits and _, no digit first")
+        # the windows of a user's requests end at different events: what is cut or left out differs between them
+        if self.share_context == "user" and list(self.pathways.values()) != [PathwayOptions()]:
+            raise ValueError(
+                "batch.share_context: user needs one plain pathway, because each request has other last events; "
+                "leave batch.pathways out (no length, filter or skip), or use batch.share_context request"
+            )
+
+    @property
+    def pathway_lengths(self) -> dict[str, int]:
+        """The most events of each pathway."""
+        return {
+            name: self.max_context if pathway.length is None else pathway.length
+            for name, pathway in self.pathways.items()
+        }

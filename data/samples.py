@@ -71,6 +71,12 @@ class SampleIndex:
             return self._alone(user, Request((target,), target))
         return self._samples(user)[within]
 
+    def reach(self, sample: Sample) -> int:
+        """Events that the longest pathway of the sample can hold: what samples of like cost have in common."""
+        if self.options.share_context == "user":
+            return sample.end - sample.start
+        return min(sample.end, max(self.options.pathway_lengths.values()))
+
     @property
     def _one_request_per_event(self) -> bool:
         """Whether sample numbers follow from the split bounds alone, without reading events."""

@@ -50,7 +50,7 @@ class TrainingStream:
     def build(self, cursor: int) -> list[Batch]:
         """This rank's micro batches of the global batch that starts at `cursor`, shortest contexts first."""
         samples = [self.index[sample_id] for sample_id in self.sample_ids(cursor)]
-        samples.sort(key=lambda sample: sample.end - sample.start)
+        samples.sort(key=self.index.reach)
         size = len(samples) // self.micro_batches
         return [self.builder.build(samples[i : i + size]) for i in range(0, len(samples), size)]
 
@@ -88,6 +88,6 @@ class TrainingStream:
 
 
 def _padding(batches: list[Batch]) -> float:
-    positions = sum(batch.item_BN.numel() for batch in batches)
-    events = sum(int(batch.length_B.sum()) for batch in batches)
+    positions = sum(columns.index_BN.numel() for batch in batches for columns in batch.sequences.values())
+    events = sum(sum(batch.n_events.values()) for batch in batches)
     return 1 - events / positions if positions else 0.0

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from memory_reader import BEHAVIOURS, ITEMS, random_reader, random_sids
+from memory_reader import ITEMS, MANIFEST, random_items, random_reader, random_sids
 
 from onetrain.data.batch import BatchBuilder
+from onetrain.data.features import FeatureNames
 from onetrain.data.floors import FLOORS, Floors
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import BatchOptions, DataOptions, SourceOptions
@@ -38,7 +39,7 @@ def test_ranks_equal_plain_counting(seed, request_by, split):
     reader = random_reader(seed, users=15)
     index = SampleIndex(reader, split, BatchOptions(max_context=3, request_by=request_by))
     samples = [index[number] for number in range(len(index))]
-    batch = BatchBuilder(random_sids(), index.options, BEHAVIOURS).build(samples)
+    batch = BatchBuilder(random_sids(), MANIFEST, random_items(), index.options, FeatureNames()).build(samples)
     floors, (popularity, follows) = Floors(reader, ITEMS), scores(reader)
     ranks = {name: floors.ranks(name, samples, batch.target_item_BT.numpy()) for name in FLOORS}
     for row, sample in enumerate(samples):

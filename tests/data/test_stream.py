@@ -5,10 +5,11 @@ import time
 from collections import Counter
 
 import pytest
-from memory_reader import BEHAVIOURS, random_reader, random_sids
+from memory_reader import MANIFEST, random_items, random_reader, random_sids
 
 from onetrain.data.batch import BatchBuilder
-from onetrain.data.options import BatchOptions
+from onetrain.data.features import FeatureNames
+from onetrain.data.options import BatchOptions, PathwayOptions
 from onetrain.data.order import GlobalOrder
 from onetrain.data.samples import SampleIndex
 from onetrain.data.stream import PREFETCH_STEPS, TrainingStream
@@ -16,10 +17,18 @@ from onetrain.data.stream import PREFETCH_STEPS, TrainingStream
 GLOBAL_BATCH = 8
 
 
-def stream(rank=0, world_size=1, micro_batches=1, builder=None, share_context="request"):
-    options = BatchOptions(max_context=6, share_context=share_context)
+FEATURES = FeatureNames(events=("item",))
+PLAIN = {"history": PathwayOptions()}
+
+
+def build_with(options):
+    return BatchBuilder(random_sids(), MANIFEST, random_items(), options, FEATURES)
+
+
+def stream(rank=0, world_size=1, micro_batches=1, builder=None, share_context="request", max_context=6, pathways=PLAIN):
+    options = BatchOptions(max_context, share_context=share_context, pathways=pathways)
     index = SampleIndex(random_reader(3, users=12), "train", options)
-    builder = builder or BatchBuilder(random_sids(), options, BEHAVIOURS)
+    builder = builder or build_with(options)
     order = GlobalOrder(len(index), "fingerprint", 1)
     return TrainingStream(index, order, builder, GLOBAL_BATCH, micro_batches, rank, world_size)
 
@@ -28,13 +37,16 @@ def targets_of(batches):
     """Multiset of what is trained on: context items, target item, end and weight of every target."""
     return Counter(
         (
-            tuple(batch.item_BN[row, : batch.length_B[row]].tolist()),
+            *(
+                tuple(columns.features["item"][row, : columns.length_B[row]].tolist())
+                for columns in batch.sequences.values()
+            ),
             int(batch.target_item_BT[row, slot]),
             int(batch.end_BT[row, slot]),
             float(batch.weight_BT[row, slot]),
         )
         for batch in batches
-        for row in range(len(batch.length_B))
+        for row in range(batch.rows)
         for slot in range(batch.weight_BT.shape[1])
         if batch.weight_BT[row, slot] > 0
     )
@@ -55,7 +67,7 @@ def test_world_size_and_micro_batches_change_no_global_batch(share_context):
             for number, steps in enumerate(zip(*(rank.steps(7, 0) for rank in ranks), strict=True)):
                 assert {step.cursor for step in steps} == {(number + 1) * GLOBAL_BATCH}
                 assert {len(step.micro_batches) for step in steps} == {micro_batches}
-                sizes = {len(batch.length_B) for step in steps for batch in step.micro_batches}
+                sizes = {batch.rows for step in steps for batch in step.micro_batches}
                 assert sizes == {GLOBAL_BATCH // world_size // micro_batches}
                 assert sum((targets_of(step.micro_batches) for step in steps), Counter()) == expected[number]
 
@@ -67,19 +79,39 @@ def test_going_on_from_a_cursor_is_as_if_never_stopped():
     assert [targets_of(step.micro_batches) for step in [*first, *rest]] == whole
 
 
+def lengths_of(step, pathway):
+    return [int(length) for batch in step.micro_batches for length in batch.sequences[pathway].length_B]
+
+
 def test_micro_batches_are_sorted_by_length_and_padding_is_counted():
     for step in stream(micro_batches=4).steps(5, 0):
-        lengths = [int(length) for batch in step.micro_batches for length in batch.length_B]
+        lengths = lengths_of(step, "history")
         assert lengths == sorted(lengths)
-        positions = sum(batch.item_BN.shape[0] * batch.item_BN.shape[1] for batch in step.micro_batches)
-        assert step.padding == pytest.approx(1 - sum(lengths) / positions)
+        rows = [(batch.rows, int(batch.sequences["history"].length_B.max())) for batch in step.micro_batches]
+        assert step.padding == pytest.approx(1 - sum(lengths) / sum(height * width for height, width in rows))
+
+
+def test_micro_batches_are_sorted_by_the_longest_pathway_and_all_padding_is_counted():
+    pathways = {"short": PathwayOptions(length=2), "long": PathwayOptions(length=12)}
+    longest = 0
+    for step in stream(micro_batches=4, max_context=2, pathways=pathways).steps(5, 0):
+        lengths = {name: lengths_of(step, name) for name in pathways}
+        assert lengths["long"] == sorted(lengths["long"])
+        longest = max(longest, *lengths["long"])
+        positions = sum(
+            batch.rows * int(columns.length_B.max())
+            for batch in step.micro_batches
+            for columns in batch.sequences.values()
+        )
+        assert step.padding == pytest.approx(1 - sum(map(sum, lengths.values())) / positions)
+    assert longest > 2  # max_context
 
 
 class Failing:
     """Builds as usual, until a call fails."""
 
     def __init__(self, error, after):
-        self.inner = BatchBuilder(random_sids(), BatchOptions(), BEHAVIOURS)
+        self.inner = build_with(BatchOptions())
         self.error, self.left, self.calls = error, after, 0
 
     def build(self, samples):

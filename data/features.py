@@ -1,0 +1,204 @@
+"""Features: what can be told of an event, of a request's moment, of a user and of a target item, each as one id.
+
+Legend: B samples, E events of a batch one after another, I items.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from onetrain.data.errors import DataError
+from onetrain.data.item_table import ItemTable
+from onetrain.data.manifest import Manifest
+from onetrain.data.samples import Sample
+from onetrain.data.schema import extra_column, nearest
+
+SID = "sid"  # in lists of features, but never among a batch's ids: the codes come by themselves
+USER = "user"
+AGE = "age"
+GAP_BUCKETS = 32  # of the time between two events
+NUMBER_BUCKETS = 64  # of any number
+WATCHED_BUCKETS = 12
+SECOND_MS, HOUR_MS, DAY_MS = 1000, 3_600_000, 86_400_000
+EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday
+# number bucket k above the middle begins at 2 ** (k / 2) - 1
+_EDGES = 2.0 ** (np.arange(1, NUMBER_BUCKETS // 2) / 2) - 1
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FeatureNames:
+    """Which features a batch carries; `sid` may stand in any of the lists and needs no ids."""
+
+    events: tuple[str, ...] = ()
+    user: tuple[str, ...] = ()
+    request: tuple[str, ...] = ()  # of each target's moment
+    items: tuple[str, ...] = ()  # of each target item
+
+
+class EventRows:
+    """Chosen events of every sample of a batch, flat, row after row."""
+
+    def __init__(self, samples: Sequence[Sample], events: Sequence[Ids]) -> None:
+        self.samples, self.events = samples, events
+        self.length_B = np.fromiter(map(len, events), np.int64, len(events))
+
+    def column(self, name: str) -> NDArray:
+        """(E,) values of one array of the user sequence."""
+        return self.gather([getattr(sample.user, name) for sample in self.samples])
+
+    def gather(self, arrays: Iterable[NDArray]) -> NDArray:
+        """(E,) values of arrays over each sample's whole history."""
+        return np.concatenate([array[chosen] for array, chosen in zip(arrays, self.events, strict=True)])
+
+    def of_row(self, values_B: NDArray) -> NDArray:
+        """(E,) one value per sample, repeated for each of its events."""
+        return np.repeat(values_B, self.length_B)
+
+
+class FeatureBuilder:
+    """Computes features of the given data by name."""
+
+    def __init__(self, manifest: Manifest, items: ItemTable, utc_offset_hours: float) -> None:
+        self.items = items
+        self._offset_ms = round(utc_offset_hours * HOUR_MS)
+        self._of_event: dict[str, Callable[[EventRows], NDArray]] = {
+            "item": lambda rows: rows.column("item"),
+            "behaviour": lambda rows: rows.column("behaviour"),
+            "scenario": lambda rows: rows.column("scenario"),
+            "gap": _gap,
+            AGE: _age,
+            "hour": lambda rows: hours(rows.column("timestamp_ms") + self._offset_ms),
+            "weekday": lambda rows: weekdays(rows.column("timestamp_ms") + self._offset_ms),
+            "weekend": lambda rows: weekdays(rows.column("timestamp_ms") + self._offset_ms) >= 5,
+            "watch": lambda rows: _duration_buckets(rows.column("watch_ms")),
+            "duration": lambda rows: _duration_buckets(rows.column("duration_ms")),
+            "watched": lambda rows: watched_buckets(rows.column("watch_ms"), rows.column("duration_ms")),
+        }
+        for name in manifest.extra:
+            self._of_event[extra_column(name)] = partial(_extra, name)
+
+    def of_events(self, name: str, rows: EventRows) -> Ids:
+        """(E,) ids of an event feature."""
+        if name in self.items.features:
+            return self.of_items(name, rows.column("item"))
+        return self._of_event[name](rows).astype(np.int64)
+
+    def of_items(self, name: str, item: NDArray) -> Ids:
+        """Ids of an item feature, in the shape of `item`."""
+        return item.astype(np.int64) if name == "item" else self.items.features[name][item]
+
+    def of_users(self, name: str, samples: Sequence[Sample]) -> Ids:
+        """(B,) ids of a user feature."""
+        return np.array([user_id(sample.user.user) for sample in samples], dtype=np.int64)
+
+
+def event_feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int]:
+    """Number of ids of every feature that an event of these data has."""
+    return {
+        "item": manifest.items.rows,
+        "behaviour": len(manifest.behaviours),
+        "scenario": len(manifest.scenarios),
+        "gap": GAP_BUCKETS,
+        AGE: GAP_BUCKETS,
+        "hour": 24,
+        "weekday": 7,
+        "weekend": 2,
+        "watch": NUMBER_BUCKETS,
+        "duration": NUMBER_BUCKETS,
+        "watched": WATCHED_BUCKETS,
+        **{extra_column(name): NUMBER_BUCKETS for name in manifest.extra},
+        **items.sizes,
+    }
+
+
+def feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int | None]:
+    """Number of ids of every feature of events, items and requests; one name means the same ids everywhere."""
+    return dict(event_feature_sizes(manifest, items))
+
+
+def user_feature_sizes(manifest: Manifest) -> dict[str, int | None]:
+    """Number of ids of every user feature; None = no bound: the model must hash them."""
+    return {USER: None}
+
+
+def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -> FeatureNames:
+    """The wanted features without `sid`. Raises DataError, naming what there is, for one that these data lack."""
+    known = {
+        "events": tuple(event_feature_sizes(manifest, items)),
+        "user": tuple(user_feature_sizes(manifest)),
+        "request": ("scenario", "hour", "weekday", "weekend"),
+        "items": ("item", *items.sizes),
+    }
+    kept = {}
+    for field in fields(FeatureNames):
+        kept[field.name] = tuple(name for name in getattr(wanted, field.name) if name != SID)
+        for name in kept[field.name]:
+            if name not in known[field.name]:
+                kind = {"events": "an event", "user": "a user", "request": "a request", "items": "an item"}[field.name]
+                raise DataError(
+                    f"{name!r} is no feature of {kind} in these data; they have {', '.join(known[field.name])}."
+                    f"{nearest(name, known[field.name])}"
+                )
+    return FeatureNames(**kept)
+
+
+def gap_buckets(milliseconds: NDArray[np.int64]) -> Ids:
+    """floor(log2(1 + whole seconds)), at most 31; negative times count as 0."""
+    seconds = np.maximum(milliseconds, 0) // SECOND_MS
+    exponent = np.frexp(1.0 + seconds)[1] - 1  # exact where the logarithm rounds
+    return np.minimum(exponent, GAP_BUCKETS - 1).astype(np.int64)
+
+
+def number_buckets(values: NDArray) -> Ids:
+    """64 buckets of any number: 0 = NaN; 32 = about zero; from there floor(2 log2(1 + |x|)) up or down, at most 31."""
+    steps = np.searchsorted(_EDGES, np.abs(values), side="right")
+    return np.where(np.isnan(values), 0, NUMBER_BUCKETS // 2 + np.where(values < 0, -steps, steps)).astype(np.int64)
+
+
+def watched_buckets(watch_ms: NDArray[np.int64], duration_ms: NDArray[np.int64]) -> Ids:
+    """Share of the duration that was watched: 0 = unknown, else 1 + whole tenths, at most 11."""
+    known = (watch_ms >= 0) & (duration_ms > 0)
+    tenths = 10 * watch_ms // np.maximum(duration_ms, 1)
+    return np.where(known, 1 + np.minimum(tenths, WATCHED_BUCKETS - 2), 0)
+
+
+def hours(local_ms: NDArray[np.int64]) -> Ids:
+    """Hour of the day, 0 to 23."""
+    return local_ms // HOUR_MS % 24
+
+
+def weekdays(local_ms: NDArray[np.int64]) -> Ids:
+    """Day of the week, Monday 0."""
+    return (local_ms // DAY_MS + EPOCH_WEEKDAY) % 7
+
+
+def user_id(user: str) -> int:
+    """A user's id as a number below 2 ** 63, by a hash."""
+    return int(xxhash.xxh3_64_intdigest(user.encode()) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _gap(rows: EventRows) -> Ids:
+    """Time since the user's event before, whether or not that one is chosen too; 0 for the first."""
+    before = EventRows(rows.samples, [np.maximum(chosen - 1, 0) for chosen in rows.events])
+    return gap_buckets(rows.column("timestamp_ms") - before.column("timestamp_ms"))
+
+
+def _age(rows: EventRows) -> Ids:
+    """Time until the request, which is at its first target's moment."""
+    moment_B = np.array([sample.user.timestamp_ms[sample.requests[0].targets[0]] for sample in rows.samples])
+    return gap_buckets(rows.of_row(moment_B) - rows.column("timestamp_ms"))
+
+
+def _extra(name: str, rows: EventRows) -> Ids:
+    return number_buckets(rows.gather(sample.user.extra[name] for sample in rows.samples))
+
+
+def _duration_buckets(milliseconds: NDArray[np.int64]) -> Ids:
+    """Bucket of the seconds; a negative time is unknown."""
+    return number_buckets(np.where(milliseconds < 0, np.nan, milliseconds / SECOND_MS))
