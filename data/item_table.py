@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from onetrain.data.manifest import Manifest
 from onetrain.data.shards import read_items
 
 CATEGORY = "category"
@@ -27,8 +26,8 @@ class ItemTable:
     sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], manifest: Manifest) -> "ItemTable":
-        """Read the item table of the prepared folder of this manifest; DataError when it is missing or damaged."""
+    def load(cls, folder: str | os.PathLike[str]) -> "ItemTable":
+        """Read the item table of a prepared folder; DataError when it is missing or damaged."""
         items = read_items(folder)
         features, sizes = {}, {}
         ids_I, names = last_categories(items.column("categories"))
