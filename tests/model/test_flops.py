@@ -1,58 +1,108 @@
 """The FLOP counter against torch's, which sees the matrix products of the math kernel but not of a fused CPU one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from decoder_cases import random_context, random_model, random_targets, vocabulary
+from random_models import full_inputs, random_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from onetrain.model.flops import forward_flops
-from onetrain.model.inputs import Targets
-from onetrain.model.options import ModelOptions
-
-CASES = [
-    ({}, (16, 8, 32)),
-    ({"s_kv": 2, "l_kv": 3, "g_kv": 2, "d_ff": 40}, (16, 8, 32, 4)),
-    ({"features": ("sid", "item", "behaviour", "scenario", "gap"), "l_kv": 2, "position": "none"}, (16, 8, 32)),
-    ({"features": ("gap", "item"), "g_kv": 1, "embed_dim": 7}, (64,)),
-]
+from onetrain.model.build import build
+from onetrain.model.flops import PARTS, forward_flops
+from onetrain.model.loss import training_loss
+from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.presets import PRESETS, preset, vocabulary
 
 
-@pytest.mark.parametrize(("variant", "codes"), CASES)
-def test_equals_the_operations_that_torch_counts(variant, codes):
-    rows, slots, events = 3, 2, 12
-    options = ModelOptions(**{"d_model": 32, "n_layers": 3, "n_heads": 4, "embed_dim": 8, **variant})
-    vocab = vocabulary(codes, max_context=events)
-    model = random_model(options, vocab)
-    context = random_context(vocab, rows, events)
-    context.length_B[:] = events  # padding is computed but is no model FLOP
-    end_BT = torch.full((rows, slots), events)
-    targets = Targets(random_targets(vocab, context, slots).sid_BTL, end_BT, torch.ones(rows, slots))
+def counted_by_torch(options, vocab, rows, slots):
+    """(forward, forward and backward) FLOPs of one micro batch, in the loss too."""
+    torch.manual_seed(0)
+    model = build(options, vocab)
+    context, targets = full_inputs(options, vocab, rows, slots)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
-            logits, _, _ = model(context, targets)
+            loss = training_loss(model(context, targets), options).loss
         with FlopCounterMode(display=False) as backward:
-            sum(level.sum() for level in logits).backward()
+            loss.backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def counts_of(options, vocab, rows, slots):
+    """The arguments of `training` for the inputs above."""
+    formers = options.query_formers
+    per_event = vocab.levels if options.flatten_codes else 1
+    positions = 1 + sum(
+        formers[name].queries if name in formers else length * per_event for name, length in vocab.pathways.items()
+    )
+    return {
+        "targets": rows * slots,
+        "target_positions": rows * slots * positions,
+        "rows": rows,
+        "events": {name: rows * length for name, length in vocab.pathways.items()},
+    }
+
+
+def assert_equal(options, vocab, rows=3, slots=2):
     flops = forward_flops(options, vocab)
-    n_targets = rows * slots
-    counts = {"targets": n_targets, "target_positions": n_targets * (events + 1), "events": rows * events}
-    predicted = flops.training(**counts)
-    assert predicted / 3 == pytest.approx(forward.get_total_flops(), rel=0.01)
-    assert predicted == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.01)
+    counts = counts_of(options, vocab, rows, slots)
+    forward, both = counted_by_torch(options, vocab, rows, slots)
+    assert sum(flops.forward(flops.work(**counts)).values()) == pytest.approx(forward, rel=0.01)
+    assert flops.training(**counts) == pytest.approx(both, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_small_presets_equal_what_torch_counts(name):
+    assert_equal(preset(name, 0.05), vocabulary(name, 0.05))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_options_equal_what_torch_counts(seed):
+    assert_equal(*random_options(seed))
+
+
+def test_the_parts_add_up_and_scale_with_the_work():
+    options, vocab = preset("onemall_0.5b_a0.1b"), vocabulary("onemall_0.5b_a0.1b")
+    flops = forward_flops(options, vocab)
+    counts = counts_of(options, vocab, rows=7, slots=5)
+    forward = flops.forward(flops.work(**counts))
+    assert tuple(forward) == PARTS
+    assert flops.training(**counts) == 3 * sum(forward.values())
+    assert forward["encoder"] == forward["mtp"] == 0
+    assert all(forward[part] > 0 for part in PARTS if part not in ("encoder", "mtp"))
+    one = flops.training(**counts_of(options, vocab, rows=1, slots=5), micro_batches=1)
+    assert flops.training(**counts, micro_batches=7) == pytest.approx(7 * one)
+
+
+def test_no_work_costs_nothing():
+    options, vocab = random_options(0)
+    flops = forward_flops(options, vocab)
+    nothing = {"targets": 0, "target_positions": 0, "rows": 0, "events": dict.fromkeys(vocab.pathways, 0)}
+    assert flops.training(**nothing) == 0
 
 
 def test_the_published_1b_model_within_the_parts_that_both_count():
-    """Section 2.5: 18.89 GFLOPs a sample, nominal 1B weights, 512 positions whose context linear 5 items share."""
-    options = ModelOptions(d_model=1792, n_layers=18, n_heads=14, embed_dim=90)
-    flops = forward_flops(options, vocabulary((8192, 8192, 8192), max_context=511))
+    """18.89 GFLOPs a target: nominal 1e9 weights, 512 positions whose context linear 5 targets share."""
+    options = preset("onerec_v2_1b")
+    vocab = Vocabulary(codes=(8192,) * 3, features={}, pathways={"history": 511})
+    flops = forward_flops(replace(options, position="none"), vocab)
+    work = flops.work(targets=5, target_positions=5 * 512, rows=1, events={"history": 511})
+    parts = {part: 3 * count / 5 for part, count in flops.forward(work).items()}
     blocks = 18 * 1792**2 * 18
-    scores = 36 * 512 * 1792 * 18
-    assert 3 * flops.target_position * 512 == scores
-    assert 3 * flops.event == 6 * 3 * 90 * 1792
-    heads = 6 * 3 * 8192 * 1792  # one head per token, where the nominal count has 1e9 weights for each token
     self_scores = 3 * 18 * 3 * 4 * 3 * 1792
-    assert 3 * flops.target == 6 * 3 * blocks + heads + self_scores
-    published = 6 * 1e9 * 3 + scores + 6 * 512 / 5 * 3 * 90 * 1792
+    assert parts["cross_scores"] == 36 * 512 * 1792 * 18
+    assert parts["context"] == pytest.approx(6 * 511 / 5 * 3 * 90 * 1792)
+    assert parts["cross"] + parts["self"] + parts["ffn"] == pytest.approx(6 * 3 * blocks + self_scores)
+    assert parts["heads"] == 6 * 3 * 8192 * 1792
+    assert parts["cross_kv"] == parts["encoder"] == 0
+    published = sum(parts.values()) - parts["heads"] - self_scores + 6 * 3 * (1e9 - blocks)
     assert published == pytest.approx(18.89e9, rel=1e-3)
-    counted = flops.training(1, 512, 512 / 5) - heads - self_scores + 6 * 3 * (1e9 - blocks)
-    assert counted == pytest.approx(published, rel=1e-9)
+
+
+def test_sharing_a_context_costs_only_the_targets_more():
+    options = ModelOptions(cross_attention="projected_kv")
+    vocab = Vocabulary(codes=(16, 16), features={}, pathways={"history": 30})
+    flops = forward_flops(options, vocab)
+    one, five = (flops.forward(flops.work(**counts_of(options, vocab, 1, slots))) for slots in (1, 5))
+    for part in PARTS:
+        assert five[part] == (one[part] if part in ("context", "cross_kv") else 5 * one[part])
