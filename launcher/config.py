@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from onetrain.launcher.config_messages import Location, describe, dotted, mismatch
+from onetrain.launcher.config_model import model_problems
 from onetrain.launcher.config_preset import with_preset
 from onetrain.launcher.config_yaml import dump_yaml, parse_yaml
 from onetrain.launcher.errors import ConfigError
@@ -232,11 +233,7 @@ def _problems(config: RunConfig, needs_data: bool) -> Iterator[str]:
             preset(config.model.preset, config.model.preset_scale)
         except ValueError as error:
             yield str(error)
-    if config.batch.share_context == "user" and config.model.position == "recency":
-        yield (
-            "batch.share_context: user needs positions that are the same for every target of a user, and "
-            "model.position is recency; use model.position absolute or none, or batch.share_context request"
-        )
+    yield from model_problems(config)
     for key, least in (
         ("steps", 1),
         ("threads_per_worker", 1),

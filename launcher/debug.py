@@ -18,7 +18,7 @@ from onetrain.launcher.options import RunConfig
 from onetrain.launcher.train import loss_of_batch, train
 from onetrain.parallel.deepspeed_config import check_options
 
-CHECKED_SAMPLES = 32
+CHECKED_SAMPLES = 128
 VALIDATED_USERS = 256
 
 

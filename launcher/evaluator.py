@@ -18,7 +18,7 @@ from onetrain.data.samples import Sample, SampleIndex, Split
 from onetrain.launcher.job import PreparedData, model_inputs
 from onetrain.launcher.options import RunConfig
 from onetrain.model.beam_search import beam_search
-from onetrain.model.lazy_decoder import LazyDecoder
+from onetrain.model.decoder import SidDecoder
 from onetrain.model.loss import cross_entropies
 from onetrain.model.ranking import beam_faults, distinct_targets, item_ranks, ranking_metrics
 from onetrain.model.trie import SidTrie
@@ -84,7 +84,7 @@ class Evaluator:
                 progress("evaluate", min(start + size, len(mine)), len(mine))
         return {subset: _reduce(total, ranks) for subset, total in sums.items()}
 
-    def model_ranker(self, model: LazyDecoder, device: torch.device) -> Ranker:
+    def model_ranker(self, model: SidDecoder, device: torch.device) -> Ranker:
         """Metrics of a model's beams, its loss per request, and the shares of invalid and duplicate beams."""
         options = self.config.evaluation
         trie = self.trie.to(device)
@@ -93,15 +93,16 @@ class Evaluator:
         @torch.no_grad()
         def rank(samples: Sequence[Sample], batch: Batch) -> dict[str, Tensor]:
             context, targets = model_inputs(batch, device)
-            beams = beam_search(model, context, trie, beam_size)
+            request = {name: ids_BT[:, 0] for name, ids_BT in targets.request.items()}  # its targets share one moment
+            beams = beam_search(model, context, trie, beam_size, request)
             seen_BS = _seen(samples).to(device) if options.mask_seen else None
             real_BT = targets.weight_BT > 0
             item_BT = batch.target_item_BT.to(device)
             rank_BT = item_ranks(beams, trie, item_BT, real_BT, seen_BS)
             metrics = ranking_metrics(rank_BT, distinct_targets(item_BT, real_BT), options.ks)
-            logits, codes_ML, _ = model(context, targets)
+            predictions = model(context, targets)
             loss_BT = real_BT.double()
-            loss_BT[real_BT] = torch.stack(cross_entropies(logits, codes_ML)).mean(0).double()
+            loss_BT[real_BT] = cross_entropies(predictions.logits, predictions.codes_ML).mean(0).double()
             return {**metrics, **beam_faults(beams), "loss": loss_BT.sum(1) / real_BT.sum(1)}
 
         return rank

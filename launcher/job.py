@@ -1,6 +1,5 @@
 """What training, debugging and evaluation share: the prepared data of a job, its model, and batches as model inputs."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,15 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onetrain.data.batch import GAP_BUCKETS, Batch, BatchBuilder
+from onetrain.data.batch import Batch, BatchBuilder
+from onetrain.data.features import SID, FeatureNames, feature_sizes, user_feature_sizes
+from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
-from onetrain.data.shards import ShardReader, read_items
+from onetrain.data.shards import ShardReader
 from onetrain.data.sids import SidMap
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
-from onetrain.model.inputs import Context, Targets
-from onetrain.model.lazy_decoder import LazyDecoder
-from onetrain.model.options import Vocabulary
+from onetrain.model.build import build
+from onetrain.model.decoder import SidDecoder
+from onetrain.model.inputs import Context, Events, Targets
+from onetrain.model.options import ModelOptions, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,27 @@ class PreparedData:
         return cls(folder, manifest, ShardReader(folder, manifest, checksum=checksum), sids)
 
     @cached_property
+    def items(self) -> ItemTable:
+        """Training counts and features of every item."""
+        return ItemTable.load(self.folder)
+
+    @property
     def train_count_I(self) -> NDArray[np.int64]:  # noqa: N802
         """Training events of every item."""
-        return read_items(self.folder).column("train_count").to_numpy()
+        return self.items.train_count_I
 
     def vocabulary(self, config: RunConfig) -> Vocabulary:
         """Sizes that the model takes from the data."""
         return Vocabulary(
             codes=self.sids.sizes,
-            n_items=self.manifest.items.rows,
-            n_behaviours=len(self.manifest.behaviours),
-            n_scenarios=len(self.manifest.scenarios),
-            max_context=config.batch.max_context,
-            n_gaps=GAP_BUCKETS,
+            features=feature_sizes(self.manifest, self.items),
+            pathways=config.batch.pathway_lengths,
+            user_features=user_feature_sizes(self.manifest),
         )
 
     def builder(self, config: RunConfig) -> BatchBuilder:
         """Builds batches with this job's SIDs and target weights."""
-        return BatchBuilder(self.sids, config.batch, self.manifest.behaviours)
+        return BatchBuilder(self.sids, self.manifest, self.items, config.batch, feature_names(config.model))
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint carries to know its data again."""
@@ -73,16 +78,50 @@ class PreparedData:
             )
 
 
-def build_model(config: RunConfig, data: PreparedData) -> LazyDecoder:
-    """The model with initial weights that depend on the seed alone."""
+def feature_names(options: ModelOptions) -> FeatureNames:
+    """The features that the model reads, so that batches hold no others."""
+    time = options.time_features if options.time_aware else ()
+    scenario = ("scenario",) if options.scenario_bos or options.scenario_head_bias else ()
+    items = options.contrastive.features if options.contrastive.weight > 0 else ()
+    return FeatureNames(
+        events=_distinct((*options.features, *time)),
+        user=options.user_features,
+        request=_distinct((*time, *scenario)),
+        items=_distinct(items),
+    )
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in names if name != SID))
+
+
+def build_model(config: RunConfig, data: PreparedData) -> SidDecoder:
+    """The model with initial weights that depend on the seed alone.
+
+    Raises ConfigError for a feature that the data lack or whose ids are unbounded and not hashed.
+    """
     torch.manual_seed(config.seed)
-    return LazyDecoder(config.model, data.vocabulary(config))
+    try:
+        return build(config.model, data.vocabulary(config))
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def model_inputs(batch: Batch, device: torch.device) -> tuple[Context, Targets]:
     """A batch as the model reads it, on `device`."""
-    context = Context(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(Context)})
-    return context.to(device), Targets(batch.target_sid_BTL, batch.end_BT, batch.weight_BT).to(device)
+    sequences = {
+        name: Events(events.sid_BNL, events.index_BN, events.length_B, events.features)
+        for name, events in batch.sequences.items()
+    }
+    targets = Targets(
+        sid_BTL=batch.target_sid_BTL,
+        end_BT=batch.end_BT,
+        weight_BT=batch.weight_BT,
+        request=batch.request,
+        item={**batch.target_features, "item": batch.target_item_BT},
+        log_q_BT=batch.log_q_BT,
+    )
+    return Context(sequences, batch.user).to(device), targets.to(device)
 
 
 def set_numerics(config: RunConfig) -> None:

@@ -1,11 +1,13 @@
 """Speed and loss between two log lines: throughput, data wait, padding, model FLOPs, per-level loss and accuracy."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from onetrain.data.batch import Batch
 from onetrain.data.stream import Step
 from onetrain.launcher.options import RunConfig
 from onetrain.model.flops import forward_flops
@@ -32,11 +34,11 @@ class Meter:
         self._waited += step.waited_s
         self._padding.append(step.padding)
         for batch in step.micro_batches:
-            real_BT = batch.weight_BT > 0
-            self._targets += int(real_BT.sum())
-            self._positions += int(((batch.end_BT + 1) * real_BT).sum())  # the static position is one more
-            self._events += int(batch.length_B.sum())
-            self._samples += len(batch.length_B)
+            self._targets += int((batch.weight_BT > 0).sum())
+            self._positions += self._visible(batch)
+            self._events.update(batch.n_events)
+            self._samples += batch.rows
+            self._micro_batches += 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -57,28 +59,66 @@ class Meter:
     def report(self) -> dict[str, float]:
         """Means since the last report, over all ranks; starts the next interval."""
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
-        local = [float(self._targets), float(self._positions), float(self._events), float(self._samples), self._waited]
-        targets, positions, events, samples, waited = all_reduce_sum(local, self.ranks)
+        names = list(self.vocabulary.pathways)
+        local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
+        waited, targets, positions, samples, micro_batches, *events = all_reduce_sum(
+            [self._waited, *map(float, local)], self.ranks
+        )
         weight = max(sum(result.weight for result in self._results), 1e-12)
         last = self._results[-1]
-        level_loss = torch.stack([result.stats["level_loss"] for result in self._results]).sum(0) / weight
-        level_hits = torch.stack([result.stats["level_hits"] for result in self._results]).sum(0) / weight
+        flops = self.flops.training(
+            targets=targets,
+            target_positions=positions,
+            rows=samples,
+            events=dict(zip(names, events, strict=True)),
+            micro_batches=micro_batches,
+        )
         report = {
             "loss": sum(result.loss * result.weight for result in self._results) / weight,
             "grad_norm": last.grad_norm,
             "learning_rate": last.learning_rate,
-            **{f"loss_level_{level}": float(value) for level, value in enumerate(level_loss)},
-            **{f"accuracy_level_{level}": float(value) for level, value in enumerate(level_hits)},
+            **self._means(weight),
             "samples_per_s": samples / seconds,
             "targets_per_s": targets / seconds,
             "tokens_per_s": targets * self.vocabulary.levels / seconds,
             "step_s": seconds / len(self._results),
             "data_wait": waited / self.ranks.world_size / seconds,
             "padding": sum(self._padding) / len(self._padding),
-            "model_gflops_per_s": self.flops.training(targets, positions, events) / seconds / 1e9,
+            "model_gflops_per_s": flops / seconds / 1e9,
         }
         self._reset()
         return report
+
+    def _means(self, weight: float) -> dict[str, float]:
+        """The loss function's statistics by their names in the log."""
+        names = {
+            "level_loss": "loss_level_{}",
+            "level_hits": "accuracy_level_{}",
+            "mtp_loss": "loss_mtp_{}",
+            "contrastive_loss": "loss_contrastive",
+            "contrastive_hits": "accuracy_contrastive",
+        }
+        means = {}
+        for key in self._results[0].stats:
+            total = torch.stack([result.stats[key] for result in self._results]).sum(0) / weight
+            for index, value in enumerate(total.flatten().tolist()):
+                means[names[key].format(index + 1 if key == "mtp_loss" else index)] = value
+        return means
+
+    def _visible(self, batch: Batch) -> int:
+        """Context positions that the targets of a batch see, summed over targets."""
+        options = self.config.model
+        real_BT = batch.weight_BT > 0
+        per_event = self.vocabulary.levels if options.flatten_codes else 1
+        visible = int(real_BT.sum())  # the static position
+        for name, events in batch.sequences.items():
+            if name in options.query_formers:
+                visible += options.query_formers[name].queries * int(real_BT.sum())
+                continue
+            real_BN = torch.arange(events.index_BN.shape[1]) < events.length_B[:, None]
+            seen_BTN = (events.index_BN[:, None] < batch.end_BT[..., None]) & real_BN[:, None] & real_BT[..., None]
+            visible += per_event * int(seen_BTN.sum())
+        return visible
 
     def line(self, step: int, last_step: int, metrics: dict[str, float]) -> str:
         """One line of progress with the time left."""
@@ -98,7 +138,8 @@ class Meter:
     def _reset(self) -> None:
         self._started = time.perf_counter()
         self._paused = self._waited = 0.0
-        self._targets = self._positions = self._events = self._samples = 0
+        self._targets = self._positions = self._samples = self._micro_batches = 0
+        self._events: Counter[str] = Counter()
         self._padding: list[float] = []
         self._results: list[StepResult] = []
 

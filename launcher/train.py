@@ -26,8 +26,8 @@ from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_n
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.tracking import Tracker
-from onetrain.model.lazy_decoder import LazyDecoder
-from onetrain.model.loss import next_token_loss
+from onetrain.model.decoder import SidDecoder
+from onetrain.model.loss import training_loss
 from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
@@ -193,7 +193,7 @@ class _Run:
         options = self.config.evaluation
         with self.meter.pause(), self.engine.gathered() as module:
             module.eval()
-            ranker = self.evaluator.model_ranker(_as_lazy_decoder(module), self.ranks.device)
+            ranker = self.evaluator.model_ranker(as_decoder(module), self.ranks.device)
             result = self.evaluator.run(ranker, self.ranks, options.max_users)[SUBSETS[0]]
             module.train()
         self.tracker.log(self.engine.step, {**result.means, "requests": result.requests}, kind="valid")
@@ -230,9 +230,9 @@ class _Run:
 
 
 def loss_of_batch(module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Weighted loss sum, weight sum and per-level statistics of one micro batch."""
-    loss = next_token_loss(*module(*model_inputs(batch, device)))
-    return loss.loss, loss.weight, {"level_loss": loss.level_loss_L, "level_hits": loss.level_hits_L}
+    """Weighted loss sum, weight sum and weighted sums of statistics of one micro batch."""
+    predictions = module(*model_inputs(batch, device))
+    return training_loss(predictions, as_decoder(module).options)
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
@@ -245,6 +245,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}/{rank}".encode())
 
 
-def _as_lazy_decoder(module: nn.Module) -> LazyDecoder:
-    assert isinstance(module, LazyDecoder)
+def as_decoder(module: nn.Module) -> SidDecoder:
+    """The engine's module by its type."""
+    assert isinstance(module, SidDecoder)
     return module

@@ -29,15 +29,22 @@ def attend(q_BHQK: Tensor, kv: KeyValue, mask: Tensor) -> Tensor:
 
     Query head j reads KV group floor(j * G / H). Returns (B, H, Q, K).
     """
-    key, value = kv
+    key, value = for_attention(kv)
     grouped = key.shape[1] != q_BHQK.shape[1]
-    if q_BHQK.device.type == "cpu" and q_BHQK.dtype != torch.float64:
-        # the CPU kernel's backward takes about 10 times as long in bf16 as in fp32
-        y = F.scaled_dot_product_attention(
-            q_BHQK.float(), key.float(), value.float(), attn_mask=mask, enable_gqa=grouped
-        )
-        return y.to(q_BHQK.dtype)
-    return F.scaled_dot_product_attention(q_BHQK, key, value, attn_mask=mask, enable_gqa=grouped)
+    y_BHQK = F.scaled_dot_product_attention(q_BHQK.to(key.dtype), key, value, attn_mask=mask, enable_gqa=grouped)
+    return y_BHQK.to(q_BHQK.dtype)
+
+
+def for_attention(kv: KeyValue) -> KeyValue:
+    """In the dtype that attention computes in: fp32 on CPU, whose kernel's backward takes 10 times as long in bf16.
+
+    A set that several blocks read is converted once, before them.
+    """
+    key, value = kv
+    if key.device.type != "cpu" or key.dtype == torch.float64:
+        return kv
+    wide = key.float()
+    return KeyValue(wide, wide if value is key else value.float())
 
 
 def split_heads(x_BND: Tensor, heads: int) -> Tensor:

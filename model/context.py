@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onetrain.model.attention import KeyValue, split_heads
+from onetrain.model.attention import KeyValue, for_attention, split_heads
 from onetrain.model.features import EventFeatures, FeatureTables, TimeMLP
 from onetrain.model.inputs import Context, Events
 from onetrain.model.options import ModelOptions, Vocabulary
@@ -151,5 +151,5 @@ class ContextProcessor(nn.Module):
             key = value = split_heads(norm(chunks[first]), options.kv_groups)
             if self.value_norms:
                 value = split_heads(self.value_norms[layer](chunks[first + 1]), options.kv_groups)
-            sets.append(KeyValue(key, value))
+            sets.append(for_attention(KeyValue(key, value)))
         return sets

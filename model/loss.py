@@ -64,7 +64,7 @@ def training_loss(predictions: Predictions, options: ModelOptions) -> LossParts:
 
 
 def contrastive_loss(contrast: Contrast, options: ContrastiveOptions) -> tuple[Tensor, Tensor]:
-    """InfoNCE of every target against the items of the batch: losses (M,), and whether the own item scores highest (M,).
+    """InfoNCE of every target against the items of the batch: losses (M,), and whether its own item is on top (M,).
 
     Score = cosine / temperature, minus log q of the item (sampled-softmax correction: frequent items are drawn as
     negatives more often). Another target with the same item is no negative and is left out. Negatives are the targets
