@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from onetrain.launcher.config_messages import Location, describe, dotted, mismatch
 from onetrain.launcher.config_model import model_problems
-from onetrain.launcher.config_preset import with_preset
+from onetrain.launcher.config_preset import merge_sections, with_preset
 from onetrain.launcher.config_yaml import dump_yaml, parse_yaml
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_data: 
         ConfigError: one line for every problem.
     """
     problems: list[str] = []
-    tree = _resolve(_read(Path(path)), (), problems)
+    tree = _resolve(_read_extended(Path(path), ()), (), problems)
 
     def override_all(tree: dict[str, Any]) -> None:
         for override in overrides:
@@ -92,7 +92,20 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.storage_path) / config.name
 
 
-def _read(path: Path) -> Any:
+def _read_extended(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's tree over that of the file that its key `extends` names, relative to its own folder."""
+    if path.resolve() in extended_by:
+        raise ConfigError(f"{path}: extends itself, through {' <- '.join(map(str, extended_by))}")
+    tree = _read(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is {base!r}; it names one YAML file, relative to this one")
+    return merge_sections(_read_extended(path.parent / base, (*extended_by, path.resolve())), tree, RunConfig)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -54,15 +54,15 @@ def _filled(tree: Tree, filling: Tree) -> Tree:
     model = tree.get("model", {})
     if not filling or not isinstance(model, dict):
         return tree
-    return {**tree, "model": _merged(filling, model, ModelOptions)}
+    return {**tree, "model": merge_sections(filling, model, ModelOptions)}
 
 
-def _merged(base: Tree, given: Tree, options: type) -> Tree:
-    """`given` over `base`, section by section."""
+def merge_sections(base: Tree, given: Tree, options: type) -> Tree:
+    """`given` over `base`: sections key by key, any other value (a mapping such as `batch.pathways` too) as a whole."""
     merged = {**base, **given}
     for name, section in _sections(options).items():
         if isinstance(base.get(name), dict) and isinstance(given.get(name), dict):
-            merged[name] = _merged(base[name], given[name], section)
+            merged[name] = merge_sections(base[name], given[name], section)
     return merged
 
 
