@@ -1,0 +1,78 @@
+"""The estimate of saved activations against what autograd saves on small models on CPU, and of keys and values."""
+
+import pytest
+import torch
+from random_models import full_inputs, random_options
+
+from onetrain.model.activations import context_positions, kv_elements, logits_bytes, saved_bytes
+from onetrain.model.build import build
+from onetrain.model.loss import training_loss
+from onetrain.model.options import ModelOptions, MTPOptions, Vocabulary
+from onetrain.model.presets import PRESETS, preset, vocabulary
+
+
+def saved_by_autograd(options, vocab, rows, slots):
+    """Bytes of all storages that a forward pass saves, without the parameters'."""
+    torch.manual_seed(0)
+    model = build(options, vocab)
+    context, targets = full_inputs(options, vocab, rows, slots)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = training_loss(model(context, targets), options).loss
+    total = sum(storage.nbytes() for storage in kept.values())
+    loss.backward()
+    return total
+
+
+def estimate(options, vocab, rows, slots):
+    return rows * saved_bytes(options, vocab, slots, 4, rows * slots, on_cpu=True).total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_small_presets_save_what_is_estimated(name):
+    options, vocab = preset(name, 0.1), vocabulary(name, 0.1)
+    assert estimate(options, vocab, 8, 3) == pytest.approx(saved_by_autograd(options, vocab, 8, 3), rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_models_save_what_is_estimated(seed):
+    options, vocab = random_options(seed)
+    assert estimate(options, vocab, 8, 3) == pytest.approx(saved_by_autograd(options, vocab, 8, 3), rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_keys_and_values_are_those_of_the_built_model(seed):
+    options, vocab = random_options(seed)
+    model = build(options, vocab).eval()
+    rows = 2
+    context, targets = full_inputs(options, vocab, rows, 1)
+    positions = context_positions(options, vocab)
+    with torch.no_grad():
+        if options.architecture == "decoder_only":
+            state = model.start(context, {name: ids[:, 0] for name, ids in targets.request.items()})
+            tensors = [part for cache in state.context for part in cache]
+            levels = 0  # the cache of the context alone
+        else:
+            tensors = [part for kv in model.remember(context).kv for part in kv]
+            levels = vocab.levels
+    distinct = {(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in tensors}
+    assert sum(distinct.values()) == rows * kv_elements(options, positions, levels)
+
+
+def test_probabilities_and_logits_of_a_large_vocabulary():
+    """1000 targets of 3 x 8192 codes: fp32 probabilities saved; bf16 logits and one level's gradient beside them."""
+    options = ModelOptions(d_model=8, n_heads=1, n_layers=1)
+    vocab = Vocabulary(codes=(8192,) * 3, features={}, pathways={"history": 4})
+    saved = saved_bytes(options, vocab, 1000)
+    assert saved.parts["heads"] == pytest.approx(1000 * 3 * 8192 * 4, rel=0.01)
+    assert logits_bytes(options, vocab, 1000, 2) == 1000 * (3 * 8192 * 2 + 8192 * 6)
+    lite = ModelOptions(d_model=8, n_heads=1, n_layers=1, mtp=MTPOptions(enabled=True))
+    assert logits_bytes(lite, vocab, 1000, 2) == 1000 * (6 * 8192 * 2 + 8192 * 6)
