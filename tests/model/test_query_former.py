@@ -89,7 +89,7 @@ def test_the_context_holds_the_queries_in_place_of_the_events():
         name: dataclasses.replace(events, length_B=torch.zeros_like(events.length_B))
         for name, events in context.sequences.items()
     }
-    nothing_BPD, index_BP = model.context(dataclasses.replace(context, sequences=emptied))
+    nothing_BPD = model.context(dataclasses.replace(context, sequences=emptied)).x_BPD
     assert nothing_BPD.shape[1] == 6
     assert nothing_BPD.isfinite().all()
     logits = model(context, random_targets(vocab, 3, 1, one_request=True)).logits

@@ -22,20 +22,22 @@ def test_walks_exactly_the_prefixes_of_the_catalogue(catalogue):
     trie = SidTrie(torch.from_numpy(codes_IL), sizes)
     prefixes = {()}
     node_of = {(): 0}
-    for level, size in enumerate(sizes):
+    for level in range(len(sizes)):
         rows = sorted(prefixes)
         rng = np.random.default_rng(level)
         asked = [rows[i] for i in rng.integers(0, len(rows), 2 * len(rows))]  # any order, repeats
-        mask, child = trie.next_codes(level, torch.tensor([node_of[prefix] for prefix in asked]))
-        assert mask.shape == child.shape == (len(asked), size)
+        codes_RC, child_RC, real_RC = trie.next_codes(level, torch.tensor([node_of[prefix] for prefix in asked]))
         deeper = {tuple(sid[: level + 1]) for sid in codes_IL.tolist()}
-        for row, prefix in enumerate(asked):
-            assert {code for code in range(size) if mask[row, code]} == {p[-1] for p in deeper if p[:-1] == prefix}
-            assert not child[row][~mask[row]].any()
         node_of = {prefix: number for number, prefix in enumerate(sorted(deeper))}
-        for row, prefix in enumerate(asked):
-            for code in mask[row].nonzero().flatten().tolist():
-                assert int(child[row, code]) == node_of[(*prefix, code)]
+        children = [sorted(prefix for prefix in deeper if prefix[:-1] == parent) for parent in asked]
+        width = max(len(of_parent) for of_parent in children)
+        assert codes_RC.shape == child_RC.shape == real_RC.shape == (len(asked), width)
+        assert real_RC.dtype == torch.bool
+        for row, of_parent in enumerate(children):
+            padding = [0] * (width - len(of_parent))
+            assert codes_RC[row].tolist() == [prefix[-1] for prefix in of_parent] + padding
+            assert child_RC[row].tolist() == [node_of[prefix] for prefix in of_parent] + padding
+            assert real_RC[row].tolist() == [True] * len(of_parent) + [False] * len(padding)
         prefixes = deeper
     assert trie.n_leaves == len(prefixes)
     assert trie.leaf_I.tolist() == [node_of[tuple(sid)] for sid in codes_IL.tolist()]
