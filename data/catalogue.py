@@ -7,15 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from onetrain.data.categorical import index_values
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import ContentHash, file_checksum, json_fingerprint
 from onetrain.data.manifest import StoredFile
 from onetrain.data.options import DataOptions
 from onetrain.data.readers import Source
+from onetrain.data.readers.files import quoted, unreadable
 from onetrain.data.report import Report
+from onetrain.data.schema import item_column
 
 FILE_NAME = "items.arrow"
 BATCH_ITEMS = 65_536
+Names = dict[str, tuple[str, ...]]  # of each attribute, by id from 1 on
 _TYPES = {"text": "VARCHAR", "categories": "VARCHAR[]", "embedding": "FLOAT[]"}
 
 
@@ -26,11 +30,14 @@ def id_order(con: duckdb.DuckDBPyConnection, table: str, column: str) -> str:
     return f"CAST({column} AS HUGEINT), {column}" if numeric else column
 
 
-def build_catalogue(con: duckdb.DuckDBPyConnection, source: Source, options: DataOptions, report: Report) -> pa.Table:
-    """Create table `item_index` (item, index) and return the items in that order, without train_count.
+def build_catalogue(
+    con: duckdb.DuckDBPyConnection, source: Source, options: DataOptions, report: Report
+) -> tuple[pa.Table, Names]:
+    """Create table `item_index` (item, index); return the items in that order, and the names of their attributes.
 
     Columns: item, and text, categories, embedding where the item file has them (text and categories always, all null
-    without an item file). Of rows with one id, the first by (text, categories, embedding) is kept.
+    without an item file), and f_<name> of every attribute (ids). Of rows with one id, the first by (text, categories,
+    embedding, attributes) is kept.
     Raises DataError for items without an id (unless bad_rows is "drop") and for embeddings of unequal length or with
     a value that is not finite; names the first such item.
     """
@@ -46,12 +53,19 @@ def build_catalogue(con: duckdb.DuckDBPyConnection, source: Source, options: Dat
     )
     if source.items:
         ((report.items_not_in_file,),) = con.execute("SELECT count(*) FROM catalogue WHERE absent").fetchall()
-    columns = ", ".join(name for name in ("item", *_TYPES) if name != "embedding" or "embedding" in present)
+    kept = ["item", *(name for name in _TYPES if name != "embedding" or "embedding" in present)]
+    columns = ", ".join(map(quoted, [*kept, *_attribute_columns(options)]))
     table = con.sql(f"SELECT {columns} FROM catalogue ORDER BY {order}").to_arrow_table(batch_size=BATCH_ITEMS)
     con.execute("DROP TABLE catalogue; DROP TABLE item_file")
     if "embedding" in present:
-        table = table.set_column(table.num_columns - 1, "embedding", _fixed_size(table["embedding"], table["item"]))
-    return table.cast(_schema(table))
+        place = kept.index("embedding")
+        table = table.set_column(place, "embedding", _fixed_size(table["embedding"], table["item"]))
+    names: Names = {}
+    for name in options.source.item_features:
+        column = item_column(name)
+        ids, names[name] = index_values(table[column].combine_chunks())
+        table = table.set_column(table.schema.get_field_index(column), column, pa.array(ids, pa.int32()))
+    return table.cast(_schema(table)), names
 
 
 def write_items(folder: Path, items: pa.Table, train_count: np.ndarray) -> StoredFile:
@@ -72,7 +86,7 @@ def catalogue_fingerprint(items: pa.Table) -> str:
 
 
 def hash_items(content: ContentHash, items: pa.Table, train_count: np.ndarray) -> None:
-    """Add ids, texts, categories, embeddings and training counts to a content hash."""
+    """Add ids, texts, categories, embeddings, attributes and training counts to a content hash."""
     for batch in items.to_batches():
         for name in ("item", "text"):
             content.update_text(f"items.{name}", batch[name])
@@ -84,6 +98,9 @@ def hash_items(content: ContentHash, items: pa.Table, train_count: np.ndarray) -
         if "embedding" in items.column_names:
             content.update("items.embedding.valid", pc.is_valid(batch["embedding"]).to_numpy(zero_copy_only=False))
             content.update("items.embedding", pc.list_flatten(batch["embedding"]).to_numpy())
+        for name in items.column_names:
+            if name.startswith(item_column("")):
+                content.update(f"items.{name}", batch[name].to_numpy())
     content.update("items.train_count", train_count.astype(np.int64))
 
 
@@ -91,20 +108,23 @@ def _stage_items(
     con: duckdb.DuckDBPyConnection, source: Source, options: DataOptions, report: Report
 ) -> tuple[str, ...]:
     """Create table `item_file`, one row per id; returns the columns that the source has."""
+    kinds = _TYPES | dict.fromkeys(_attribute_columns(options), "VARCHAR")
     if source.items is None:
-        typed = ", ".join(f"{name} {kind}" for name, kind in _TYPES.items())
+        typed = ", ".join(f"{quoted(name)} {kind}" for name, kind in kinds.items())
         con.execute(f"CREATE TABLE item_file (item VARCHAR, {typed})")
         return ()
     try:
         present = tuple(name for name, *_ in con.execute(f"DESCRIBE {source.items}").fetchall())
-        columns = [name if name in present else f"CAST(NULL AS {kind}) AS {name}" for name, kind in _TYPES.items()]
+        columns = [
+            quoted(name) if name in present else f"CAST(NULL AS {kind}) AS {name}" for name, kind in kinds.items()
+        ]
         con.execute(
             f"CREATE TABLE item_rows AS SELECT nullif(CAST(id AS VARCHAR), '') AS item, {', '.join(columns)} "
             f"FROM ({source.items})"
         )
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.BinderException) as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise DataError(f"data.source.items: cannot read the item file: {reason}. Repair the file.") from error
+        found = unreadable(error, "the item file")
+        raise DataError(f"data.source.items: cannot read {found}. Repair the file.") from error
     query = "SELECT count(*), count(item), count(DISTINCT item) FROM item_rows"
     ((n_rows, n_ids, n_items),) = con.execute(query).fetchall()
     if n_ids < n_rows and options.bad_rows == "error":
@@ -114,11 +134,15 @@ def _stage_items(
         )
     report.bad_items_dropped, report.duplicate_items_dropped = n_rows - n_ids, n_ids - n_items
     con.execute(
-        """CREATE TABLE item_file AS SELECT * FROM item_rows WHERE item IS NOT NULL
-        QUALIFY row_number() OVER (PARTITION BY item ORDER BY text, categories, embedding) = 1"""
+        f"""CREATE TABLE item_file AS SELECT * FROM item_rows WHERE item IS NOT NULL
+        QUALIFY row_number() OVER (PARTITION BY item ORDER BY {", ".join(map(quoted, kinds))}) = 1"""
     )
     con.execute("DROP TABLE item_rows")
     return present
+
+
+def _attribute_columns(options: DataOptions) -> list[str]:
+    return [item_column(name) for name in options.source.item_features]
 
 
 def _fixed_size(lists: pa.ChunkedArray, ids: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -158,4 +182,6 @@ def _schema(table: pa.Table) -> pa.Schema:
     ]
     if "embedding" in table.column_names:
         fields.append(pa.field("embedding", table.schema.field("embedding").type))
+    attributes = [name for name in table.column_names if name.startswith(item_column(""))]
+    fields += [pa.field(name, pa.int32(), nullable=False) for name in attributes]
     return pa.schema(fields)

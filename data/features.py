@@ -15,7 +15,7 @@ from onetrain.data.errors import DataError
 from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
 from onetrain.data.samples import Sample
-from onetrain.data.schema import extra_column, nearest
+from onetrain.data.schema import REQUEST_FEATURES, extra_column, nearest
 
 SID = "sid"  # in lists of features, but never among a batch's ids: the codes come by themselves
 USER = "user"
@@ -95,7 +95,9 @@ class FeatureBuilder:
 
     def of_users(self, name: str, samples: Sequence[Sample]) -> Ids:
         """(B,) ids of a user feature."""
-        return np.array([user_id(sample.user.user) for sample in samples], dtype=np.int64)
+        if name == USER:
+            return np.array([user_id(sample.user.user) for sample in samples], dtype=np.int64)
+        return np.array([sample.user.features[name] for sample in samples], dtype=np.int64)
 
 
 def event_feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int]:
@@ -124,7 +126,7 @@ def feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int | None]
 
 def user_feature_sizes(manifest: Manifest) -> dict[str, int | None]:
     """Number of ids of every user feature; None = no bound: the model must hash them."""
-    return {USER: None}
+    return {USER: None, **{name: 1 + len(names) for name, names in manifest.user_features.items()}}
 
 
 def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -> FeatureNames:
@@ -132,7 +134,7 @@ def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -
     known = {
         "events": tuple(event_feature_sizes(manifest, items)),
         "user": tuple(user_feature_sizes(manifest)),
-        "request": ("scenario", "hour", "weekday", "weekend"),
+        "request": REQUEST_FEATURES,
         "items": ("item", *items.sizes),
     }
     kept = {}

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from onetrain.data.categorical import last_categories
+from onetrain.data.manifest import Manifest
+from onetrain.data.schema import item_column
 from onetrain.data.shards import read_items
 
 CATEGORY = "category"
@@ -28,8 +29,9 @@ class ItemTable:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "ItemTable":
         """Read the item table of a prepared folder; DataError when it is missing or damaged."""
-        items = read_items(folder)
-        features, sizes = {}, {}
+        items, attributes = read_items(folder), Manifest.load(folder).item_features
+        features = {name: items.column(item_column(name)).to_numpy().astype(np.int64) for name in attributes}
+        sizes = {name: 1 + len(names) for name, names in attributes.items()}
         ids_I, names = last_categories(items.column("categories"))
         if names:
             features[CATEGORY], sizes[CATEGORY] = ids_I, 1 + len(names)
@@ -41,14 +43,3 @@ class ItemTable:
         total = max(int(self.train_count_I.sum()), 1)
         share: NDArray[np.float32] = np.log(np.maximum(self.train_count_I, 1) / total).astype(np.float32)
         return share
-
-
-def last_categories(lists: pa.ChunkedArray) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Ids (I,) and names of each item's last, most specific category; id = 1 + place among the sorted names."""
-    column = lists.combine_chunks()
-    length_I = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    last_I = column.offsets.to_numpy()[1:] - 1
-    name_I = column.values.take(pa.array(last_I, mask=length_I == 0))
-    names = sorted(name for name in pc.unique(name_I).to_pylist() if name)
-    found_I = pc.fill_null(pc.index_in(name_I, pa.array(names, pa.string())), -1).to_numpy()
-    return found_I.astype(np.int64) + 1, tuple(names)

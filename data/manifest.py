@@ -10,7 +10,7 @@ from typing import Any
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import file_checksum
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
 
 
@@ -29,8 +29,8 @@ class StoredFile:
 class Manifest:
     """Contents of a prepared folder.
 
-    `fingerprint` covers users, events, items, vocabularies and split, and neither paths, dates, shard sizes nor the
-    report. `sid_fingerprint` names the SID map made for these items and is no part of `fingerprint`.
+    `fingerprint` covers users, events, items, attributes, vocabularies and split, and neither paths, dates, shard sizes
+    nor the report. `sid_fingerprint` names the SID map made for these items and is no part of `fingerprint`.
     """
 
     shards: tuple[StoredFile, ...]
@@ -49,6 +49,8 @@ class Manifest:
     fingerprint: str
     report: dict[str, int] = field(default_factory=dict)
     sid_fingerprint: str | None = None
+    item_features: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attribute: names of ids 1, 2, ...
+    user_features: dict[str, tuple[str, ...]] = field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -71,8 +73,10 @@ class Manifest:
             raw["items"] = StoredFile(**raw["items"])
             for name in ("behaviours", "scenarios", "extra", "time_range_ms"):
                 raw[name] = tuple(raw[name])
+            for name in ("item_features", "user_features"):
+                raw[name] = {feature: tuple(values) for feature, values in raw[name].items()}
             return cls(**raw)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}). Run `onetrain prepare` again.") from error
 
     def save(self, folder: str | os.PathLike[str]) -> None:

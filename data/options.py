@@ -25,8 +25,12 @@ class SourceOptions:
     reader: Reader = "columns"
     events: str = ""  # file, folder or glob; any fsspec path
     items: str | None = None
+    users: str | None = None  # file of user attributes
     columns: dict[str, str] = field(default_factory=dict)  # canonical event column -> column of the log
     item_columns: dict[str, str] = field(default_factory=dict)  # canonical item column -> column of the item file
+    user_columns: dict[str, str] = field(default_factory=dict)  # id -> column of the user file
+    item_features: dict[str, str] = field(default_factory=dict)  # categorical feature -> column of the item file
+    user_features: dict[str, str] = field(default_factory=dict)  # categorical feature -> column of the user file
     extra: tuple[str, ...] = ()  # further numeric event columns to carry along
     behaviours: dict[str, str] = field(default_factory=dict)  # value in the log -> canonical behaviour name
     default_behaviour: str = "interact"

@@ -16,18 +16,21 @@ import numpy as np
 from onetrain.data.catalogue import build_catalogue, catalogue_fingerprint, hash_items, write_items
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import ContentHash, json_fingerprint
-from onetrain.data.manifest import FORMAT, Manifest
+from onetrain.data.manifest import Manifest
 from onetrain.data.options import DataOptions
 from onetrain.data.readers import Source, open_source
 from onetrain.data.report import Report
+from onetrain.data.schema import user_column
 from onetrain.data.shard_writer import ShardWriter, UserBlock
 from onetrain.data.shards import local_folder
 from onetrain.data.split import Split, append_timestamps, check_split, decide_split, needs_time_points
 from onetrain.data.staging import stage_log
 from onetrain.data.user_events import index_names, sort_log, stream_users
+from onetrain.data.user_file import index_users
 from onetrain.data.workspace import Workspace, check_space, workspace
 
 Progress = Callable[[str, int, int | None], None]
+CONTENT_FORMAT = 1  # of what the fingerprint covers: the same contents keep it, and with it their order in training
 MB_PER_THREAD = 128  # less than this, and DuckDB's sort runs out of memory
 
 
@@ -57,17 +60,18 @@ def _prepare_into(
     stage_log(con, source, options, report)
     progress("read", report.rows_read, report.rows_read)
     progress("items", 0, None)
-    items = build_catalogue(con, source, options, report)
+    items, item_names = build_catalogue(con, source, options, report)
+    user_names = index_users(con, source, options, report)
     progress("items", items.num_rows, items.num_rows)
     behaviours, scenarios = index_names(con, "behaviour"), index_names(con, "scenario")
     n_rows = report.rows_read - report.bad_rows_dropped
     progress("sort", 0, n_rows)
-    sort_log(con, extra)
+    sort_log(con, extra, tuple(user_names))
     progress("sort", n_rows, n_rows)
     split = _decide_split(work, con, options, n_rows, progress)
 
     content = ContentHash()
-    writer = ShardWriter(work.result, extra, options.shard_events)
+    writer = ShardWriter(work.result, extra, options.shard_events, tuple(user_names))
     train_count = np.zeros(items.num_rows, np.int64)
     n_train = n_valid = n_test = done = 0
     first_ms, last_ms = np.iinfo(np.int64).max, np.iinfo(np.int64).min
@@ -75,7 +79,7 @@ def _prepare_into(
         for events in stream_users(con, options, report):
             timestamps = events.columns["timestamp_ms"]
             valid_start, test_start = split.starts(events.lengths, timestamps)
-            block = UserBlock(events.users, events.lengths, valid_start, test_start, events.columns)
+            block = UserBlock(events.users, events.lengths, valid_start, test_start, events.columns, events.attributes)
             place = np.arange(len(timestamps)) - np.repeat(np.cumsum(events.lengths) - events.lengths, events.lengths)
             train = place < np.repeat(valid_start, events.lengths)
             train_count += np.bincount(events.columns["item"][train], minlength=items.num_rows)
@@ -98,12 +102,14 @@ def _prepare_into(
         )
     hash_items(content, items, train_count)
     contents = {
-        "format": FORMAT,
+        "format": CONTENT_FORMAT,
         "columns": content.digests(),
         "behaviours": behaviours,
         "scenarios": scenarios,
         "split": dataclasses.asdict(split),
     }
+    if item_names or user_names:
+        contents |= {"item_features": item_names, "user_features": user_names}
     return Manifest(
         shards=tuple(writer.shards),
         items=write_items(work.result, items, train_count),
@@ -115,6 +121,8 @@ def _prepare_into(
         behaviours=behaviours,
         scenarios=scenarios,
         extra=extra,
+        item_features=item_names,
+        user_features=user_names,
         time_range_ms=(first_ms, last_ms),
         split=dataclasses.asdict(split),
         catalogue_fingerprint=catalogue_fingerprint(items),
@@ -148,6 +156,8 @@ def _hash_block(content: ContentHash, block: UserBlock, event_columns: tuple[str
         content.update(name, values.astype(np.int64))
     for name in event_columns:
         content.update(name, block.columns[name])
+    for name, ids in block.attributes.items():
+        content.update(user_column(name), ids.astype(np.int32))
 
 
 def _connect(work: Workspace, options: DataOptions) -> duckdb.DuckDBPyConnection:

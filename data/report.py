@@ -20,3 +20,6 @@ class Report:
     bad_items_dropped: int = 0  # rows of the item file without an id
     duplicate_items_dropped: int = 0  # rows of the item file whose id came before
     items_not_in_file: int = 0  # items of the log that the item file lacks
+    bad_users_dropped: int = 0  # rows of the user file without an id
+    duplicate_users_dropped: int = 0  # rows of the user file whose id came before
+    users_not_in_file: int = 0  # users of the log that the user file lacks

@@ -15,6 +15,13 @@ EVENT_COLUMNS = REQUIRED_EVENT_COLUMNS + OPTIONAL_EVENT_COLUMNS
 ITEM_COLUMNS = ("id", "text", "categories", "embedding")
 UNKNOWN_MS = -1  # watch or duration time that the log does not know
 
+# names of features that every prepared data set has, or may have; attributes need others
+REQUEST_FEATURES = ("scenario", "hour", "weekday", "weekend")
+BUILT_IN_FEATURES = (
+    *("sid", "user", "item", "category", "behaviour", "gap", "age", "watch", "duration", "watched"),
+    *REQUEST_FEATURES,
+)
+
 _LIST_TYPES = {
     "item": pa.int32(),
     "timestamp_ms": pa.int64(),
@@ -30,13 +37,23 @@ def extra_column(name: str) -> str:
     return f"x_{name}"
 
 
+def item_column(name: str) -> str:
+    """Name of the item table's column of an item attribute."""
+    return f"f_{name}"
+
+
+def user_column(name: str) -> str:
+    """Name of the shard column of a user attribute."""
+    return f"u_{name}"
+
+
 def event_types(extra: Iterable[str]) -> dict[str, pa.DataType]:
     """Per-event columns of a shard and their value types, extra features last."""
     return _LIST_TYPES | {extra_column(name): pa.float32() for name in extra}
 
 
-def shard_schema(extra: Iterable[str]) -> pa.Schema:
-    """Arrow schema of a shard: one row per user, one list per event column."""
+def shard_schema(extra: Iterable[str], user_features: Iterable[str] = ()) -> pa.Schema:
+    """Arrow schema of a shard: one row per user, one list per event column, one number per user attribute."""
     lists = [pa.field(name, pa.large_list(kind), nullable=False) for name, kind in event_types(extra).items()]
     return pa.schema(
         [
@@ -44,6 +61,7 @@ def shard_schema(extra: Iterable[str]) -> pa.Schema:
             pa.field("valid_start", pa.int32(), nullable=False),
             pa.field("test_start", pa.int32(), nullable=False),
             *lists,
+            *(pa.field(user_column(name), pa.int32(), nullable=False) for name in user_features),
         ]
     )
 

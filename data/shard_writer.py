@@ -1,6 +1,6 @@
 """Writes user blocks into Arrow IPC shards, a bounded number of events at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ class UserBlock:
     valid_start: np.ndarray
     test_start: np.ndarray
     columns: dict[str, np.ndarray]  # per-event column -> values of all users
+    attributes: dict[str, np.ndarray] = field(default_factory=dict)  # attribute -> id of each user
 
     def __getitem__(self, users: slice) -> "UserBlock":
         bounds = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -33,6 +34,7 @@ class UserBlock:
             self.valid_start[users],
             self.test_start[users],
             {name: values[events] for name, values in self.columns.items()},
+            {name: values[users] for name, values in self.attributes.items()},
         )
 
 
@@ -44,18 +46,22 @@ def join_blocks(blocks: list[UserBlock]) -> UserBlock:
         np.concatenate([block.valid_start for block in blocks]),
         np.concatenate([block.test_start for block in blocks]),
         {name: np.concatenate([block.columns[name] for block in blocks]) for name in blocks[0].columns},
+        {name: np.concatenate([block.attributes[name] for block in blocks]) for name in blocks[0].attributes},
     )
 
 
 class ShardWriter:
     """Cuts users into record batches and shards by their lengths alone: how they arrive does not show in the files."""
 
-    def __init__(self, folder: Path, extra: tuple[str, ...], shard_events: int) -> None:
+    def __init__(
+        self, folder: Path, extra: tuple[str, ...], shard_events: int, user_features: tuple[str, ...] = ()
+    ) -> None:
         self.shards: list[StoredFile] = []
         self._folder = folder
         self._types = event_types(extra)
         self.event_columns = tuple(self._types)
-        self._schema = shard_schema(extra)
+        self._user_features = user_features
+        self._schema = shard_schema(extra, user_features)
         self._shard_events = shard_events
         self._batch_events = min(BATCH_EVENTS, shard_events)
         self._waiting: list[UserBlock] = []
@@ -106,7 +112,9 @@ class ShardWriter:
         ]
         starts = [pa.array(values, pa.int32()) for values in (block.valid_start, block.test_start)]
         users = pa.concat_arrays([block.users])
-        self._file.write_batch(pa.RecordBatch.from_arrays([users, *starts, *lists], schema=self._schema))
+        attributes = [pa.array(block.attributes[name], pa.int32()) for name in self._user_features]
+        columns = [users, *starts, *lists, *attributes]
+        self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._rows += len(block.lengths)
         self._events += events
 

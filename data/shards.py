@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import Manifest, verify_shards, verify_sizes
-from onetrain.data.schema import event_types, extra_column
+from onetrain.data.schema import event_types, extra_column, user_column
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class UserSequence:
 
     Events [0, valid_start) train, [valid_start, test_start) validate, [test_start, n) test. `item`, `behaviour` and
     `scenario` are indices into items.arrow and the manifest's lists; times are milliseconds, -1 where unknown.
+    `features`: ids of the user's attributes, 0 where unknown.
     """
 
     user: str
@@ -33,6 +34,7 @@ class UserSequence:
     extra: dict[str, np.ndarray]
     valid_start: int
     test_start: int
+    features: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.item)
@@ -41,12 +43,13 @@ class UserSequence:
 class _Batch:
     """Numpy views of one record batch."""
 
-    def __init__(self, batch: pa.RecordBatch, extra: tuple[str, ...]) -> None:
+    def __init__(self, batch: pa.RecordBatch, manifest: Manifest) -> None:
         self.users = batch.column("user")
         self.valid_start = batch.column("valid_start").to_numpy()
         self.test_start = batch.column("test_start").to_numpy()
         self.offsets = batch.column("item").offsets.to_numpy()
-        self.values = {name: batch.column(name).values.to_numpy() for name in event_types(extra)}
+        self.values = {name: batch.column(name).values.to_numpy() for name in event_types(manifest.extra)}
+        self.features = {name: batch.column(user_column(name)).to_numpy() for name in manifest.user_features}
 
 
 class ShardReader:
@@ -96,6 +99,7 @@ class ShardReader:
             extra={name: values[extra_column(name)][events] for name in self.manifest.extra},
             valid_start=int(batch.valid_start[local]),
             test_start=int(batch.test_start[local]),
+            features={name: int(ids[local]) for name, ids in batch.features.items()},
         )
 
     def split_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,7 +120,7 @@ class ShardReader:
     def _view(self, index: int) -> _Batch:
         if index not in self._views:
             file, number = self._batches[index]
-            self._views[index] = _Batch(file.get_batch(number), self.manifest.extra)
+            self._views[index] = _Batch(file.get_batch(number), self.manifest)
         return self._views[index]
 
     @staticmethod
@@ -130,7 +134,8 @@ class ShardReader:
 def read_items(folder: str | os.PathLike[str]) -> pa.Table:
     """The item table of a prepared folder, memory-mapped; row number = item index.
 
-    Columns: item, text, categories, embedding (only if the source has one), train_count.
+    Columns: item, text, categories, embedding (only if the source has one), f_<name> (int32) of every item attribute,
+    train_count.
     """
     path = local_folder(folder) / "items.arrow"
     try:

@@ -6,7 +6,11 @@ is, with probability FOLLOW, the one that follows from the last theme and the de
 taste decides. Within the theme, the user's own style and Zipf popularity decide. So the last item alone says little:
 the last two themes and the style of the whole history say much more.
 
-Files: events-*.parquet, items.parquet, and oracle.parquet with the true distribution of every user's last event.
+Attributes that no event depends on: an item has one of its theme's makers, a user an age group that often, not always,
+tells the style.
+
+Files: events-*.parquet, items.parquet, users.parquet, and oracle.parquet with the true distribution of every user's
+last event.
 
 Legend: I items, K themes, M items of the largest theme, U users of one chunk, T events of the longest user.
 """
@@ -29,6 +33,9 @@ Floats = NDArray[np.float64]
 BEHAVIOURS = ("view", "click", "like", "buy")
 SCENARIOS = ("feed", "search", "related")
 STYLES = ("plain", "bold", "vintage", "modern")
+AGE_GROUPS = ("18-24", "25-34", "35-49", "50 and over")  # one for each style
+AGE_TELLS = 0.7  # probability that a user's age group is the one of the style; else it is any
+MAKERS = 3  # of each theme
 DEPARTMENTS = 8
 FOLLOW = 0.75  # probability that the next theme follows from the last two
 OFF_STYLE = 0.04  # weight of an item of another style
@@ -55,6 +62,7 @@ class Shop:
     follows: Ints  # (department of the theme before, last theme) -> next theme
     members: Ints  # (K, M) items of each theme, -1 where a theme is smaller
     embedding: NDArray[np.float32]  # (I, D)
+    maker: Ints  # (I,)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,8 @@ class Chunk:
     """The events of some users, padded to (U, T), and their oracle."""
 
     first_user: int
-    length: Ints  # (U,)
+    style: Ints  # (U,)
+    length: Ints
     item: Ints  # (U, T)
     timestamp_ms: Ints
     behaviour: Ints
@@ -76,8 +85,8 @@ def write_logs(options: SimulatorOptions, folder: str) -> None:
     """Write the logs of one shop into `folder`; equal options give equal logs. Logs already there are replaced.
 
     events-*.parquet: user, item, timestamp (epoch ms), behaviour, scenario, watch_ms, duration_ms; one file per chunk
-    of users. items.parquet: id, text, categories, embedding. oracle.parquet: see `read_oracle`. DataError for sizes
-    that make no shop.
+    of users. items.parquet: id, text, categories, embedding, maker. users.parquet: id, age_group. oracle.parquet: see
+    `read_oracle`. DataError for sizes that make no shop.
     """
     _check(options)
     target = Path(folder)
@@ -86,10 +95,14 @@ def write_logs(options: SimulatorOptions, folder: str) -> None:
         old.unlink()
     shop = build_shop(options)
     pq.write_table(_items_table(shop), target / "items.parquet")
-    with pq.ParquetWriter(target / "oracle.parquet", _ORACLE_SCHEMA) as oracle:
+    with (
+        pq.ParquetWriter(target / "oracle.parquet", _ORACLE_SCHEMA) as oracle,
+        pq.ParquetWriter(target / "users.parquet", _USERS_SCHEMA) as users,
+    ):
         for number, chunk in enumerate(simulate_users(shop, options)):
             pq.write_table(_events_table(shop, chunk), target / f"events-{number:05d}.parquet")
             oracle.write_table(_oracle_table(chunk, shop))
+            users.write_table(_users_table(chunk, options))
 
 
 def read_oracle(folder: str) -> pa.Table:
@@ -133,6 +146,7 @@ def build_shop(options: SimulatorOptions) -> Shop:
         follows=_follows(rng, n_themes),
         members=members,
         embedding=embedding.astype(np.float32),
+        maker=theme * MAKERS + np.random.default_rng([options.seed, 2]).integers(MAKERS, size=n_items),
     )
 
 
@@ -185,6 +199,7 @@ def _simulate_chunk(shop: Shop, options: SimulatorOptions, first: int, users: in
     share_watched = np.minimum(1.0, rng.beta(2.0, 2.0, item.shape) * (0.5 + 0.4 * behaviour))
     return Chunk(
         first_user=first,
+        style=style,
         length=length,
         item=item,
         timestamp_ms=START_MS + rng.integers(60 * DAY_MS, size=(users, 1)) + np.cumsum(gap_ms, axis=1),
@@ -251,6 +266,7 @@ def _follows(rng: np.random.Generator, themes: int) -> Ints:
     return follows
 
 
+_USERS_SCHEMA = pa.schema({"id": pa.string(), "age_group": pa.string()})
 _ORACLE_SCHEMA = pa.schema(
     {"user": pa.string(), "items": pa.list_(pa.string()), "probabilities": pa.list_(pa.float64())}
 )
@@ -271,7 +287,17 @@ def _items_table(shop: Shop) -> pa.Table:
     ]
     categories = [[f"department {shop.department[theme]}", f"theme {theme}"] for theme in shop.theme]
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(shop.embedding.ravel()), shop.embedding.shape[1])
-    return pa.table({"id": _item_ids(shop), "text": text, "categories": categories, "embedding": embedding})
+    maker = [f"maker {number}" for number in shop.maker]
+    columns = {"id": _item_ids(shop), "text": text, "categories": categories, "embedding": embedding, "maker": maker}
+    return pa.table(columns)
+
+
+def _users_table(chunk: Chunk, options: SimulatorOptions) -> pa.Table:
+    # a stream of its own, so that events do not depend on attributes
+    rng = np.random.default_rng([options.seed, 3, chunk.first_user])
+    users = len(chunk.length)
+    group = np.where(rng.random(users) < AGE_TELLS, chunk.style, rng.integers(len(AGE_GROUPS), size=users))
+    return pa.table({"id": _user_ids(chunk), "age_group": np.array(AGE_GROUPS)[group]}, schema=_USERS_SCHEMA)
 
 
 def _events_table(shop: Shop, chunk: Chunk) -> pa.Table:

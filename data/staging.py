@@ -10,11 +10,10 @@ import duckdb
 from onetrain.data.errors import DataError
 from onetrain.data.options import DataOptions
 from onetrain.data.readers import Source
-from onetrain.data.readers.files import literal, quoted
+from onetrain.data.readers.files import as_text, known, literal, quoted, unreadable
 from onetrain.data.report import Report
 from onetrain.data.schema import extra_column
 
-FLOATS = ("FLOAT", "DOUBLE")
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")  # all within BIGINT
 _MILLISECONDS = {"s": "* 1000", "ms": "", "us": "/ 1000"}
 
@@ -27,9 +26,8 @@ def stage_log(con: duckdb.DuckDBPyConnection, source: Source, options: DataOptio
     try:
         con.execute(f"CREATE TABLE log AS {_staging_query(con, source, options)}")
     except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        file = next((line.removeprefix("file = ") for line in lines if line.startswith("file = ")), source.files[0])
-        raise DataError(f"data.source.events: cannot read {file}: {'; '.join(lines[:3])}. Repair the file.") from error
+        found = unreadable(error, source.files[0])
+        raise DataError(f"data.source.events: cannot read {found}. Repair the file.") from error
     query = """SELECT count(*), count(bad_column), count(*) FILTER (bad_column IS NULL AND duration_ms = 0),
         count(*) FILTER (bad_column IS NULL AND (duration_ms < 0 OR watch_ms < 0)) FROM log"""
     ((report.rows_read, n_bad, report.zero_duration, report.negative_times),) = con.execute(query).fetchall()
@@ -47,13 +45,15 @@ def _staging_query(con: duckdb.DuckDBPyConnection, source: Source, options: Data
     types = {name: kind for name, kind, *_ in described}
     numbers = {"watch_ms": "BIGINT", "duration_ms": "BIGINT", "order": "BIGINT"}
     numbers |= {extra_column(name): "FLOAT" for name in options.source.extra}
-    clean = {"user": _text("user", types["user"]), "item": _text("item", types["item"])}
+    clean = {"user": as_text("user", types["user"]), "item": as_text("item", types["item"])}
     clean["timestamp_ms"] = _timestamp(types["timestamp"], source.timestamp_unit)
     for name, default in (
         ("behaviour", options.source.default_behaviour),
         ("scenario", options.source.default_scenario),
     ):
-        clean[name] = f"coalesce({_text(name, types[name])}, {literal(default)})" if name in types else literal(default)
+        clean[name] = (
+            f"coalesce({as_text(name, types[name])}, {literal(default)})" if name in types else literal(default)
+        )
     clean["behaviour"] = _renamed(clean["behaviour"], options.source.behaviours)
     for name, kind in numbers.items():
         clean[name] = _number(name, types[name], kind) if name in types else f"CAST(NULL AS {kind})"
@@ -61,7 +61,7 @@ def _staging_query(con: duckdb.DuckDBPyConnection, source: Source, options: Data
     bad = {"user": "clean_user IS NULL", "item": "clean_item IS NULL", "timestamp": "clean_timestamp_ms IS NULL"}
     for name in numbers:
         if name in types:
-            bad[name] = f"{_known(name, types[name])} IS NOT NULL AND {quoted(f'clean_{name}')} IS NULL"
+            bad[name] = f"{known(name, types[name])} IS NOT NULL AND {quoted(f'clean_{name}')} IS NULL"
     which = " ".join(f"WHEN {condition} THEN {literal(name)}" for name, condition in bad.items())
     value = " ".join(f"WHEN {condition} THEN CAST({quoted(name)} AS VARCHAR)" for name, condition in bad.items())
     absent = {"order": "0"} | {extra_column(name): "CAST('nan' AS FLOAT)" for name in options.source.extra}
@@ -76,21 +76,6 @@ def _staging_query(con: duckdb.DuckDBPyConnection, source: Source, options: Data
         SELECT {", ".join(columns)}, CASE {which} END AS bad_column, CASE {value} END AS bad_value,
             CASE WHEN bad_column IS NOT NULL THEN file END AS bad_file
         FROM (SELECT *, {inner} FROM ({source.events}))"""
-
-
-def _known(name: str, kind: str) -> str:
-    """The raw value; a float's NaN is how many writers say null."""
-    column = quoted(name)
-    return f"(CASE WHEN NOT isnan({column}) THEN {column} END)" if kind in FLOATS else column
-
-
-def _text(name: str, kind: str) -> str:
-    """An id or name as text, NULL when empty; a whole float (12.0, an integer column that had nulls) without its .0."""
-    column = _known(name, kind)
-    if kind in FLOATS:
-        whole = f"CASE WHEN {column} = trunc({column}) THEN CAST(TRY(CAST({column} AS BIGINT)) AS VARCHAR) END"
-        return f"coalesce({whole}, CAST({column} AS VARCHAR))"
-    return f"nullif(CAST({column} AS VARCHAR), '')"
 
 
 def _timestamp(kind: str, unit: str) -> str:
@@ -108,7 +93,7 @@ def _number(name: str, kind: str, wanted: str) -> str:
     """A number, NULL when unreadable or infinite; NaN stays only in text of a float feature."""
     if kind in INTEGERS:
         return f"CAST({quoted(name)} AS {wanted})"
-    value = f"TRY_CAST({_known(name, kind)} AS DOUBLE)"
+    value = f"TRY_CAST({known(name, kind)} AS DOUBLE)"
     if wanted == "BIGINT":
         return f"TRY(CAST(round({value}) AS BIGINT))"
     return f"CASE WHEN NOT isinf({value}) THEN TRY_CAST({value} AS FLOAT) END"

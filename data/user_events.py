@@ -1,7 +1,7 @@
 """Sorts the staged log by user and time on disk, and streams it as cleaned blocks of whole users."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import duckdb
 import numpy as np
@@ -13,7 +13,7 @@ from onetrain.data.errors import DataError
 from onetrain.data.options import DataOptions
 from onetrain.data.readers.files import quoted
 from onetrain.data.report import Report
-from onetrain.data.schema import UNKNOWN_MS, event_types, extra_column
+from onetrain.data.schema import UNKNOWN_MS, event_types, extra_column, user_column
 
 BATCH_ROWS = 65_536
 MAX_NAMES = 32_767  # behaviours or scenarios: indices are int16
@@ -26,6 +26,7 @@ class Events:
     users: pa.StringArray
     lengths: np.ndarray  # int64
     columns: dict[str, np.ndarray]
+    attributes: dict[str, np.ndarray] = field(default_factory=dict)  # ids of each user
 
     @property
     def user_number(self) -> np.ndarray:
@@ -46,24 +47,27 @@ def index_names(con: duckdb.DuckDBPyConnection, column: str) -> tuple[str, ...]:
     return names
 
 
-def sort_log(con: duckdb.DuckDBPyConnection, extra: tuple[str, ...]) -> None:
+def sort_log(con: duckdb.DuckDBPyConnection, extra: tuple[str, ...], user_features: tuple[str, ...] = ()) -> None:
     """Turn table `log` into table `sorted`, in the total order of users and events; spills to disk.
 
     Order: user, timestamp, order, item, behaviour, scenario, watch, duration, extra features. Rows that are equal in
-    all of these are interchangeable.
+    all of these are interchangeable. Attributes of the user, from table `user_index`, stand beside each event.
     """
     extra_columns = [quoted(extra_column(name)) for name in extra]
     known = ", ".join(
         f"CASE WHEN {name} >= 0 THEN {name} ELSE {UNKNOWN_MS} END AS {name}" for name in ("watch_ms", "duration_ms")
     )
     columns = "".join(f", {name}" for name in extra_columns)
+    attributes = [quoted(user_column(name)) for name in user_features]
+    of_user = "".join(f", coalesce(u.{name}, 0) AS {name}" for name in attributes)
     con.execute("CREATE VIEW good AS SELECT *, rowid AS position FROM log WHERE bad_column IS NULL")
     con.execute(
         f"""CREATE TABLE sorted AS
         SELECT "user", i."index" AS item, timestamp_ms, b."index" AS behaviour, s."index" AS scenario, {known}{columns},
-            position
+            position{of_user}
         FROM good JOIN item_index i ON good.item = i.item JOIN behaviour_index b ON good.behaviour = b.name
             JOIN scenario_index s ON good.scenario = s.name
+            {'LEFT JOIN user_index u ON good."user" = u.id' if attributes else ""}
         ORDER BY {id_order(con, "good", '"user"')}, timestamp_ms, "order", i."index", b."index", s."index",
             watch_ms, duration_ms{columns}"""
     )
@@ -75,7 +79,7 @@ def stream_users(con: duckdb.DuckDBPyConnection, options: DataOptions, report: R
 
     A block holds about BATCH_ROWS events, or one longer user.
     """
-    for events in _whole_users(con, options.source.extra):
+    for events in _whole_users(con, options.source.extra, tuple(options.source.user_features)):
         report.unsorted += _count_unsorted(events)
         repeated = _repeated(events)
         report.duplicates += int(repeated.sum())
@@ -89,30 +93,33 @@ def stream_users(con: duckdb.DuckDBPyConnection, options: DataOptions, report: R
         if not long_enough.all():
             kept = _kept(events, np.repeat(long_enough, events.lengths))
             users = kept.users.filter(pa.array(long_enough))
-            events = Events(users, kept.lengths[long_enough], kept.columns)
+            attributes = {name: ids[long_enough] for name, ids in kept.attributes.items()}
+            events = Events(users, kept.lengths[long_enough], kept.columns, attributes)
         if len(events.lengths):
             yield events
 
 
-def _whole_users(con: duckdb.DuckDBPyConnection, extra: tuple[str, ...]) -> Iterator[Events]:
+def _whole_users(
+    con: duckdb.DuckDBPyConnection, extra: tuple[str, ...], user_features: tuple[str, ...]
+) -> Iterator[Events]:
     started: list[pa.RecordBatch] = []  # rows of a user whose last row is still to come
     for batch in con.sql("FROM sorted").to_arrow_reader(BATCH_ROWS):
         users = batch["user"]
         if started and users[0] != started[0]["user"][0]:
-            yield _events(started, extra)
+            yield _events(started, extra, user_features)
             started = []
         last = batch.num_rows - 1
         first_of_last = int(pc.index(users, users[last]).as_py())
         if first_of_last == 0:
             started.append(batch)
         else:
-            yield _events([*started, batch.slice(0, first_of_last)], extra)
+            yield _events([*started, batch.slice(0, first_of_last)], extra, user_features)
             started = [batch.slice(first_of_last)]
     if started:
-        yield _events(started, extra)
+        yield _events(started, extra, user_features)
 
 
-def _events(batches: list[pa.RecordBatch], extra: tuple[str, ...]) -> Events:
+def _events(batches: list[pa.RecordBatch], extra: tuple[str, ...], user_features: tuple[str, ...]) -> Events:
     table = pa.Table.from_batches(batches).combine_chunks()
     users = table["user"].combine_chunks()
     changes = np.flatnonzero(pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)) + 1
@@ -126,7 +133,8 @@ def _events(batches: list[pa.RecordBatch], extra: tuple[str, ...]) -> Events:
         # one zero and one NaN: values that compare equal, or are both unknown, get equal bytes
         columns[name] = np.where(np.isnan(columns[name]), np.float32(np.nan), columns[name] + np.float32(0))
     columns["position"] = table["position"].to_numpy()
-    return Events(users.take(pa.array(first)).cast(pa.string()), lengths, columns)
+    attributes = {name: table[user_column(name)].to_numpy()[first].astype(np.int32) for name in user_features}
+    return Events(users.take(pa.array(first)).cast(pa.string()), lengths, columns, attributes)
 
 
 def _count_unsorted(events: Events) -> int:
@@ -160,4 +168,6 @@ def _kept(events: Events, keep: np.ndarray) -> Events:
     if keep.all():
         return events
     lengths = np.bincount(events.user_number[keep], minlength=len(events.lengths))
-    return Events(events.users, lengths, {name: values[keep] for name, values in events.columns.items()})
+    return Events(
+        events.users, lengths, {name: values[keep] for name, values in events.columns.items()}, events.attributes
+    )

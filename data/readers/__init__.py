@@ -5,6 +5,7 @@ import duckdb
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
 from onetrain.data.readers import amazon, columns, kuairand, movielens, simulator
+from onetrain.data.readers.attributes import check_attributes
 from onetrain.data.readers.source import Source
 
 READERS = {
@@ -20,11 +21,12 @@ def open_source(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Sourc
     """Open the log that the options name. Raises DataError for missing files or columns."""
     if options.reader not in READERS:
         raise DataError(f"data.source.reader: {options.reader!r} is none of {', '.join(READERS)}.")
-    if options.reader != "columns" and (options.columns or options.item_columns):
+    if options.reader != "columns" and (options.columns or options.item_columns or options.user_columns):
         raise DataError(
-            f"data.source.columns and item_columns belong to reader 'columns'; reader {options.reader!r} knows its "
-            "columns. Remove them or change data.source.reader."
+            f"data.source.columns, item_columns and user_columns belong to reader 'columns'; reader "
+            f"{options.reader!r} knows its columns. Remove them or change data.source.reader."
         )
+    check_attributes(options)
     return READERS[options.reader](con, options)
 
 

@@ -8,6 +8,7 @@ import duckdb
 
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
+from onetrain.data.readers.attributes import item_attributes, open_users, users_query
 from onetrain.data.readers.files import FILE, find_files, open_table
 from onetrain.data.readers.source import Source
 
@@ -18,7 +19,8 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
     """Open the sequences as events: timestamp = first day + days since, order = position in the sequence.
 
     Users without a first day start at time 0. Item text is the title and, after a semicolon, the keywords; categories
-    are the attribute ids. Raises DataError for missing files and columns, and for `source.extra`.
+    are the attribute ids. A user file has user_id. Raises DataError for missing files and columns, and for
+    `source.extra`.
     """
     if options.extra:
         raise DataError(f"data.source.extra: reader 'amazon' has no further columns, found {', '.join(options.extra)}.")
@@ -46,7 +48,11 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
             item_table.require(column, "data.source.items")
         terms = ", term_ids" if "term_ids" in item_table.types else ""
         n_bytes += item_table.n_bytes
+        item_ids = ["item_id AS id", *item_attributes(item_table, options)]
         items = f"""
-            SELECT item_id AS id, nullif(concat_ws('; ', title{terms}), '') AS text,
+            SELECT {", ".join(item_ids)}, nullif(concat_ws('; ', title{terms}), '') AS text,
                 string_split(attribute_ids, ' ') AS categories FROM {item_table.relation}"""
-    return Source(query, names, "ms", (*files, *item_files), n_bytes, items)
+    users = open_users(con, options)
+    if users:
+        item_files, n_bytes = [*item_files, *users.files], n_bytes + users.n_bytes
+    return Source(query, names, "ms", (*files, *item_files), n_bytes, items, users_query(users, options))

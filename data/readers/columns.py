@@ -4,6 +4,7 @@ import duckdb
 
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
+from onetrain.data.readers.attributes import item_attributes, open_users, users_query
 from onetrain.data.readers.files import FILE, Table, find_files, open_table, quoted
 from onetrain.data.readers.source import Source
 from onetrain.data.schema import (
@@ -24,9 +25,11 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
     Raises DataError for missing files and columns.
     """
     item_files = find_files(options.items, "data.source.items") if options.items else []
-    event_files = [name for name in find_files(options.events, "data.source.events") if name not in item_files]
+    users = open_users(con, options, "id")
+    others = {*item_files, *(users.files if users else ())}
+    event_files = [name for name in find_files(options.events, "data.source.events") if name not in others]
     if not event_files:
-        raise DataError("data.source.events names only the item file. Give the files of the log.")
+        raise DataError("data.source.events names only the item or user file. Give the files of the log.")
     events = open_table(con, event_files, "data.source.events")
     items = open_table(con, item_files, "data.source.items") if item_files else None
     names = _matched(
@@ -41,16 +44,17 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
         events=f"SELECT {', '.join(columns)}, {FILE} AS file FROM {events.relation}",
         names=names,
         timestamp_unit=options.timestamp_unit,
-        files=(*event_files, *item_files),
-        n_bytes=events.n_bytes + (items.n_bytes if items else 0),
-        items=_items_query(items, options.item_columns) if items else None,
+        files=(*event_files, *item_files, *(users.files if users else ())),
+        n_bytes=sum(table.n_bytes for table in (events, items, users) if table),
+        items=_items_query(items, options) if items else None,
+        users=users_query(users, options, "id"),
     )
 
 
-def _items_query(table: Table, item_columns: dict[str, str]) -> str:
+def _items_query(table: Table, options: SourceOptions) -> str:
     setting = "data.source.item_columns"
-    names = _matched(table, item_columns, ITEM_COLUMNS, ("id",), setting)
-    columns = [f"{table.require(names['id'], f'{setting}.id')} AS id"]
+    names = _matched(table, options.item_columns, ITEM_COLUMNS, ("id",), setting)
+    columns = [f"{table.text(names['id'], f'{setting}.id')} AS id", *item_attributes(table, options)]
     if "text" in names:
         columns.append(f"nullif(CAST({quoted(names['text'])} AS VARCHAR), '') AS text")
     if "categories" in names:

@@ -18,6 +18,7 @@ from onetrain.data.errors import DataError
 from onetrain.data.schema import nearest
 
 FILE = "onetrain_file"  # column that names the file of a row
+FLOATS = ("FLOAT", "DOUBLE")  # types of DuckDB
 DELIMITERS = ("\t", ",", ";", "|")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
@@ -42,6 +43,16 @@ class Table:
             )
         return quoted(column)
 
+    def text(self, column: str, setting: str) -> str:
+        """The column's values as text, for SQL; NULL where empty. DataError when it is missing or holds lists."""
+        self.require(column, setting)
+        if self.types[column].endswith("]") or self.types[column].startswith(("STRUCT", "MAP")):
+            raise DataError(
+                f"{self.setting}: column {column!r} of {self.files[0]} holds lists or records ({self.types[column]}). "
+                f"{setting} needs single values."
+            )
+        return as_text(column, self.types[column])
+
 
 def quoted(name: str) -> str:
     """A column name for SQL."""
@@ -51,6 +62,27 @@ def quoted(name: str) -> str:
 def literal(text: str) -> str:
     """A string for SQL."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def known(column: str, kind: str) -> str:
+    """SQL of a raw value; a float's NaN is how many writers say null."""
+    return f"(CASE WHEN NOT isnan({quoted(column)}) THEN {quoted(column)} END)" if kind in FLOATS else quoted(column)
+
+
+def as_text(column: str, kind: str) -> str:
+    """SQL of an id or name as text, NULL when empty; a whole float (12.0, integers that had nulls) without its .0."""
+    value = known(column, kind)
+    if kind in FLOATS:
+        whole = f"CASE WHEN {value} = trunc({value}) THEN CAST(TRY(CAST({value} AS BIGINT)) AS VARCHAR) END"
+        return f"coalesce({whole}, CAST({value} AS VARCHAR))"
+    return f"nullif(CAST({value} AS VARCHAR), '')"
+
+
+def unreadable(error: duckdb.Error, default: str) -> str:
+    """The file that a query failed on (`default` if DuckDB does not name it), and why."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    file = next((line.removeprefix("file = ") for line in lines if line.startswith("file = ")), default)
+    return f"{file}: {'; '.join(lines[:3])}"
 
 
 def filesystem_of(path: str, setting: str) -> tuple[fsspec.AbstractFileSystem, str]:

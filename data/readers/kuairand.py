@@ -7,6 +7,7 @@ import duckdb
 
 from onetrain.data.errors import DataError
 from onetrain.data.options import SourceOptions
+from onetrain.data.readers.attributes import item_attributes, open_users, users_query
 from onetrain.data.readers.files import FILE, find_files, open_table, quoted
 from onetrain.data.readers.source import Source
 from onetrain.data.schema import extra_column
@@ -39,6 +40,7 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
 
     Of a folder, the files log_* are read, except log_random_* (random exposures; name them by a glob to read them).
     The item file is video_features_basic_*.csv or a Parquet file with video_id and tag; the tags are its categories.
+    The user file has user_id.
     Raises DataError for missing files and columns.
     """
     files = find_files(options.events, "data.source.events")
@@ -61,17 +63,22 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
     if options.items:
         item_files = find_files(options.items, "data.source.items")
         item_table = open_table(con, item_files, "data.source.items")
-        video, tag = (item_table.require(name, "data.source.items") for name in ("video_id", "tag"))
-        items = (
-            f"SELECT {video} AS id, string_split(CAST({tag} AS VARCHAR), ',') AS categories FROM {item_table.relation}"
-        )
+        tag = item_table.require("tag", "data.source.items")
+        item_columns = [
+            f"{item_table.text('video_id', 'data.source.items')} AS id",
+            f"string_split(CAST({tag} AS VARCHAR), ',') AS categories",
+            *item_attributes(item_table, options),
+        ]
+        items = f"SELECT {', '.join(item_columns)} FROM {item_table.relation}"
         n_bytes += item_table.n_bytes
+    users = open_users(con, options)
     names = NAMES | {extra_column(name): name for name in options.extra}
     return Source(
         events=f"SELECT {', '.join(columns)}, {FILE} AS file FROM {table.relation}",
         names=names,
         timestamp_unit="ms",
-        files=(*files, *item_files),
-        n_bytes=n_bytes,
+        files=(*files, *item_files, *(users.files if users else ())),
+        n_bytes=n_bytes + (users.n_bytes if users else 0),
         items=items,
+        users=users_query(users, options),
     )

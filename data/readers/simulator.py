@@ -13,6 +13,7 @@ from onetrain.data.readers.source import Source
 from onetrain.data.shards import local_folder
 
 OPTIONS_FILE = "simulator.json"  # written last: what the logs of this folder were made from
+VERSION = 2  # 2: users.parquet, and the items' maker; logs of earlier versions are written again
 
 
 def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
@@ -25,14 +26,16 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
     folder = local_folder(options.events)
     wanted = dataclasses.asdict(options.simulator)
     marker = folder / OPTIONS_FILE
+    version = 0
     if marker.is_file():
         found = json.loads(marker.read_text(encoding="utf-8"))
+        version = found.pop("version", 1)
         if found != wanted:
             raise DataError(
                 f"{folder} holds logs of other simulator options ({found}; wanted {wanted}). Remove the folder or "
                 "name another in data.source.events."
             )
-    else:
+    if version != VERSION:
         _write(options, folder)
     return columns.read(
         con,
@@ -40,8 +43,10 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
             options,
             events=str(folder / "events-*.parquet"),
             items=str(folder / "items.parquet"),
+            users=str(folder / "users.parquet"),
             columns={},
             item_columns={},
+            user_columns={},
             timestamp_unit="ms",
         ),
     )
@@ -50,12 +55,13 @@ def read(con: duckdb.DuckDBPyConnection, options: SourceOptions) -> Source:
 def _write(options: SourceOptions, folder: Path) -> None:
     from onetrain.data.simulate import write_logs
 
-    own = ("events-", "items.parquet", "oracle.parquet")  # what an interrupted simulation may have left
+    # what an interrupted simulation, or one of an earlier version, may have left
+    own = ("events-", "items.parquet", "users.parquet", "oracle.parquet", OPTIONS_FILE)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"data.source.events: {folder} is a file; the simulator needs a folder.")
     foreign = [path.name for path in folder.iterdir() if not path.name.startswith(own)] if folder.exists() else []
     if foreign:
         raise DataError(f"{folder} is not empty ({foreign[0]}). Name a new folder for the simulated logs.")
     write_logs(options.simulator, str(folder))
-    text = json.dumps(dataclasses.asdict(options.simulator), indent=2) + "\n"
+    text = json.dumps({**dataclasses.asdict(options.simulator), "version": VERSION}, indent=2) + "\n"
     (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")

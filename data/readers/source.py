@@ -1,4 +1,4 @@
-"""What a reader hands to preparation: the log and the item file as two DuckDB queries with canonical columns."""
+"""What a reader hands to preparation: log, item file and user file as DuckDB queries with canonical columns."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ class Source:
 
     `events` delivers user, item, timestamp, what the log has of behaviour, scenario, watch_ms, duration_ms, order and
     x_<extra>, and `file`; preparation casts them. `items` delivers id, and what the item file has of text, categories
-    (VARCHAR[]) and embedding (FLOAT[]).
+    (VARCHAR[]) and embedding (FLOAT[]), and f_<name> (VARCHAR) of every attribute. `users` delivers id and u_<name>.
     """
 
     events: str
@@ -19,3 +19,4 @@ class Source:
     files: tuple[str, ...]
     n_bytes: int  # size of all files
     items: str | None = None
+    users: str | None = None

@@ -68,3 +68,34 @@ def test_kuairand_pure(tmp_path):
     wanted = Counter(name for *_, name in unique)
     assert {manifest.behaviours[index]: count for index, count in found.items()} == wanted
     assert pc.sum(items["train_count"]).as_py() == manifest.n_train_events
+
+
+def test_kuairand_attributes(tmp_path):
+    folder = folder_of("kuairand_pure_slice")
+    paths = [str(folder / f"{name}.parquet") for name in ("log_20220425_20220430", "videos", "users")]
+    source = SourceOptions(
+        "kuairand",
+        *paths,
+        item_features={"author": "author_id", "kind": "video_type"},
+        user_features={"activity": "user_active_degree", "device": "onehot_feat4"},
+    )
+    manifest, reader = prepare_and_open(DataOptions(str(tmp_path / "prepared"), source))
+    videos, people = (pq.read_table(path).to_pylist() for path in paths[1:])
+    items = read_items(tmp_path / "prepared")
+    author = {str(video["video_id"]): str(video["author_id"]) for video in videos}
+    names = (None, *manifest.item_features["author"])
+    assert list(names[1:]) == sorted(set(author.values()))
+    assert [names[number] for number in items["f_author"].to_pylist()] == [author[i] for i in items["item"].to_pylist()]
+    user_of = {str(person["user_id"]): person for person in people}
+    activity, device = ((None, *manifest.user_features[name]) for name in ("activity", "device"))
+    unknown = 0
+    for row in range(reader.n_users):
+        user = reader.user(row)
+        person = user_of[user.user]
+        assert activity[user.features["activity"]] == person["user_active_degree"]
+        value = person["onehot_feat4"]
+        missing = value is None or np.isnan(value)
+        assert device[user.features["device"]] == (None if missing else str(int(value)))
+        unknown += missing
+    assert manifest.report["users_not_in_file"] == 0
+    assert unknown  # the file has users without it

@@ -78,10 +78,37 @@ def test_what_the_logs_hold(folder):
     assert events.group_by(["user", "item"]).aggregate([]).num_rows == events.num_rows
     assert pc.all(pc.less_equal(events["watch_ms"], events["duration_ms"])).as_py()
     assert pc.min(events["watch_ms"]).as_py() >= 0
-    assert items.column_names == ["id", "text", "categories", "embedding"]
+    assert items.column_names == ["id", "text", "categories", "embedding", "maker"]
     assert items.schema.field("embedding").type == pa.list_(pa.float32(), options.embedding_dim)
     assert set(events["item"].to_pylist()) <= set(items["id"].to_pylist())
     assert len(set(items["id"].to_pylist())) == options.items
+
+
+def test_attributes_belong_to_themes_and_styles(folder):
+    shop = simulate.build_shop(SimulatorOptions())
+    makers = pq.read_table(folder / "items.parquet")["maker"].to_pylist()
+    themes = {}
+    for maker, theme in zip(makers, shop.theme.tolist(), strict=True):
+        themes.setdefault(maker, set()).add(theme)
+    assert all(len(of_maker) == 1 for of_maker in themes.values())
+    assert len(themes) == simulate.MAKERS * SimulatorOptions().themes
+    chunk = next(simulate.simulate_users(shop, SimulatorOptions(users=800)))
+    users = pq.read_table(folder / "users.parquet")
+    assert users.column_names == ["id", "age_group"]
+    assert users["id"].to_pylist() == simulate.read_oracle(folder)["user"].to_pylist()
+    small = simulate._users_table(chunk, SimulatorOptions())["age_group"].to_pylist()
+    tells = np.mean([simulate.AGE_GROUPS[style] == group for style, group in zip(chunk.style, small, strict=True)])
+    expected = simulate.AGE_TELLS + (1 - simulate.AGE_TELLS) / len(simulate.AGE_GROUPS)
+    assert tells == pytest.approx(expected, abs=4.5 * np.sqrt(expected * (1 - expected) / 800))
+
+
+def test_attributes_change_no_event(tmp_path, monkeypatch):
+    simulate.write_logs(SMALL, tmp_path / "a")
+    monkeypatch.setattr(simulate, "MAKERS", 7)
+    monkeypatch.setattr(simulate, "AGE_TELLS", 0.1)
+    simulate.write_logs(SMALL, tmp_path / "b")
+    one, other = digests(tmp_path / "a"), digests(tmp_path / "b")
+    assert {name for name in one if one[name] != other[name]} == {"items.parquet", "users.parquet"}
 
 
 def test_embeddings_show_theme_and_style():
