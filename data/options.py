@@ -81,11 +81,11 @@ class PathwayOptions:
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
-            raise ValueError(f"length of a pathway of batch.pathways is {self.length}; it is at least 1")
+            raise ValueError(f"pathway length is {self.length}; it is at least 1")
         if self.skip < 0:
-            raise ValueError(f"skip of a pathway of batch.pathways is {self.skip}; it is at least 0")
+            raise ValueError(f"pathway skip is {self.skip}; it is at least 0")
         if self.min_watched is not None and self.min_watched < 0:
-            raise ValueError(f"min_watched of a pathway of batch.pathways is {self.min_watched}; it is at least 0")
+            raise ValueError(f"pathway min_watched is {self.min_watched}; it is at least 0")
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,6 @@ def test_options_that_cannot_be_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         BatchOptions(**change)
     for wrong, name in (({"length": 0}, "length"), ({"skip": -1}, "skip"), ({"min_watched": -0.5}, "min_watched")):
-        with pytest.raises(ValueError, match=f"{name} of a pathway"):
+        with pytest.raises(ValueError, match=f"pathway {name} is"):
             PathwayOptions(**wrong)
     assert BatchOptions(share_context="user", pathways={"mine": PathwayOptions()}).pathway_lengths == {"mine": 50}
