@@ -90,7 +90,8 @@ class LazyDecoder(SidDecoder):
         if self.encoder is not None:
             x_BPD = self.encoder(x_BPD, index_BP != NEVER)
         if self.options.cross_attention == "projected_kv":
-            return Memory([block.cross.project(x_BPD) for block in self.blocks], index_BP)
+            blocks = [block for block in self.blocks if isinstance(block, Block)]  # all, by their type
+            return Memory([block.cross.project(x_BPD) for block in blocks], index_BP)
         sets, layers = self.context.key_value_sets(x_BPD), self.options.n_layers
         return Memory([sets[layer * self.options.l_kv // layers] for layer in range(layers)], index_BP)
 
