@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from onetrain.launcher.config import load_config, run_folder
-from onetrain.launcher.console import print_error, print_message, print_table, progress
+from onetrain.launcher.console import print_error, print_message, print_table, print_warning, progress
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.report_tables import codebook_rows, preparation_rows
@@ -50,7 +50,7 @@ app = typer.Typer(
     name="onetrain",
     cls=_Verbs,
     help="Train generative recommenders of the OneRec family, from raw behaviour logs to an evaluated model.\n\n"
-    "The usual order: doctor, prepare, tokenize, debug, train, evaluate, all with the same YAML file. "
+    "The usual order: plan, doctor, prepare, tokenize, debug, train, evaluate, all with the same YAML file. "
     "`onetrain VERB --help` shows an example of each.",
     no_args_is_help=True,
     add_completion=False,
@@ -210,6 +210,36 @@ def evaluate(
         table = run(options, checkpoint, split, report)
     print_table(table.title, table.columns, table.rows, table.notes)
     print_message(f"saved: {table.save(options)}")
+
+
+@app.command(epilog="Example: `onetrain plan configs/paper/onerec_v2.yaml --set model.preset=onerec_v2_8b`")
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write every figure here.", show_default=False)
+    ] = None,
+) -> None:
+    """Count what a job would cost: parameters, FLOPs, activations, memory of a rank, batches, and what does not fit.
+
+    Builds nothing and needs neither a GPU nor prepared data: data.prepared may be absent, and plan.sizes then says how
+    large the features are.
+    """
+    options = load_config(config, overrides or (), needs_data=False)
+    from onetrain.launcher.plan import make_plan
+    from onetrain.launcher.plan_tables import plan_tables
+
+    made = make_plan(options)
+    for title, columns, rows, notes in plan_tables(made):
+        print_table(title, columns, rows, notes)
+    for problem in made.problems:
+        print_warning(problem)
+    for suggestion in made.suggestions:
+        print_message(f"this would fit: {suggestion}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(made.as_dict(), indent=2) + "\n", encoding="utf-8")
+        print_message(f"saved: {json_file}")
 
 
 @app.command(epilog="Example: `onetrain doctor configs/demo.yaml`")

@@ -70,6 +70,22 @@ def parameter_counts(options: ModelOptions, vocabulary: Vocabulary) -> Parameter
     return ParameterCounts(total, active)
 
 
+def largest_parameter(options: ModelOptions, vocabulary: Vocabulary) -> int:
+    """Elements of the largest single tensor: a table, a fused FFN matrix, a block's experts, or a head."""
+    d, codes = options.d_model, max(vocabulary.codes)
+    sizes = [d * codes, options.width_of("sid") * codes, 3 * d * d]
+    sizes += [_tables([name], vocabulary.features, options) for name in options.features]
+    sizes += [_tables([name], vocabulary.user_features, options) for name in options.user_features]
+    if options.contrastive.weight > 0:
+        sizes += [_tables([name], vocabulary.features, options) for name in options.contrastive.features]
+        former = options.contrastive.query_former
+        sizes.append(former.queries * former.width * d)
+    for block in range(options.n_layers):
+        sparse = options.is_sparse(block)
+        sizes.append(2 * d * (options.moe.experts * options.expert_width if sparse else options.ffn_width))
+    return max(sizes)
+
+
 def cross_attention(options: ModelOptions) -> int:
     """Query, output, the key and value projections that only projected_kv has, gate and norms of one block."""
     d = options.d_model

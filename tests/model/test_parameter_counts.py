@@ -9,7 +9,7 @@ from random_models import random_options
 from torch import nn
 
 from onetrain.model.build import build
-from onetrain.model.parameter_counts import PARTS, parameter_counts
+from onetrain.model.parameter_counts import PARTS, largest_parameter, parameter_counts
 from onetrain.model.presets import PRESETS, find, preset, vocabulary
 
 
@@ -61,6 +61,12 @@ def test_every_preset_is_built_on_meta_and_counted_exactly(name, scale):
 @pytest.mark.parametrize("seed", range(60))
 def test_random_options_are_counted_exactly(seed):
     assert_equal(*random_options(seed))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_largest_tensor_of_every_preset(name):
+    model = built(preset(name), vocabulary(name))
+    assert largest_parameter(preset(name), vocabulary(name)) == max(p.numel() for p in model.parameters())
 
 
 # section 2.4: 18 d^2 a layer, in millions

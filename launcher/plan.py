@@ -1,0 +1,243 @@
+"""`onetrain plan`: what a configuration will cost, before anything is built: parameters, FLOPs, memory, batches.
+
+Arithmetic only: no model, no GPU, and no data unless they are prepared already.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onetrain.data.features import AGE, GAP_BUCKETS, NUMBER_BUCKETS, SID, USER, WATCHED_BUCKETS
+from onetrain.data.manifest import FILE_NAME as MANIFEST
+from onetrain.data.schema import extra_column
+from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.options import RunConfig
+from onetrain.launcher.plan_memory import GIB, RankMemory, element_bytes, rank_memory, suggestions
+from onetrain.model.activations import context_positions, kv_elements, saved_bytes
+from onetrain.model.flops import forward_flops
+from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.paper_flops import PaperFigures, paper_figures
+from onetrain.model.parameter_counts import ParameterCounts, parameter_counts
+from onetrain.model.presets import find, preset
+from onetrain.parallel.deepspeed_config import check_options
+from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.mesh import Mesh
+
+FIXED_SIZES = {
+    "gap": GAP_BUCKETS,
+    AGE: GAP_BUCKETS,
+    "hour": 24,
+    "weekday": 7,
+    "weekend": 2,
+    "watch": NUMBER_BUCKETS,
+    "duration": NUMBER_BUCKETS,
+    "watched": WATCHED_BUCKETS,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every figure of a plan; FLOPs are per target, forward."""
+
+    name: str
+    preset: str | None
+    source: str  # where the vocabulary is from
+    vocabulary: Vocabulary
+    parameters: ParameterCounts
+    nominal_parameters: float | None  # of the FLOP convention below
+    flops_by_part: dict[str, float]
+    positions: int  # of a full context
+    targets_per_request: float
+    paper: PaperFigures | None  # OneRec-V2's convention, for a lazy decoder with shared_kv
+    kv_elements: float  # of one request
+    saved_by_part: dict[str, float]  # bytes of one request
+    element_bytes: int
+    workers: int
+    zero_stage: int
+    global_batch_size: int
+    mesh: Mesh | None  # None where the layout cannot be
+    memory: RankMemory | None
+    device_memory_gib: float
+    problems: tuple[str, ...]  # what does not fit
+    suggestions: tuple[str, ...]
+    train_events: int | None  # of prepared data
+
+    @property
+    def forward_flops(self) -> float:
+        """Per target."""
+        return sum(self.flops_by_part.values())
+
+    @property
+    def training_flops(self) -> float:
+        """Per target: forward and backward, three times the forward."""
+        return 3 * self.forward_flops
+
+    @property
+    def saved_bytes(self) -> float:
+        """Activations that one request keeps for the backward pass."""
+        return sum(self.saved_by_part.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, texts and mappings, for JSON."""
+        derived = {
+            "parameters": {
+                "total": self.parameters.total,
+                "active": self.parameters.active,
+                "blocks": self.parameters.blocks,
+                "active_blocks": self.parameters.active_blocks,
+                "total_by_part": self.parameters.total_by_part,
+                "active_by_part": self.parameters.active_by_part,
+            },
+            "forward_flops": self.forward_flops,
+            "training_flops": self.training_flops,
+            "saved_bytes": self.saved_bytes,
+            "memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
+            "fits": not self.problems,
+        }
+        return asdict(self) | derived
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """The plan of a configuration.
+
+    Raises ConfigError for a feature whose size nobody says, and DataError for prepared data that are damaged. A layout
+    that cannot be, and memory that does not suffice, are `problems` of the plan.
+    """
+    vocabulary, source, train_events = plan_vocabulary(config)
+    options, per_request = config.model, config.plan.targets_per_request
+    try:
+        parameters = parameter_counts(options, vocabulary)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    positions = context_positions(options, vocabulary)
+    nominal = nominal_parameters(config)
+    paper = None
+    if nominal is not None and options.architecture == "lazy_decoder" and options.cross_attention == "shared_kv":
+        paper = paper_figures(options, nominal, positions, per_request, levels=vocabulary.levels)
+    width = element_bytes(config.parallel)
+    mesh, memory, problems, changes = _layout(config, vocabulary)
+    return Plan(
+        name=config.name,
+        preset=options.preset,
+        source=source,
+        vocabulary=vocabulary,
+        parameters=parameters,
+        nominal_parameters=nominal,
+        flops_by_part=_flops_per_target(config, vocabulary),
+        positions=positions,
+        targets_per_request=per_request,
+        paper=paper,
+        kv_elements=kv_elements(options, positions, vocabulary.levels),
+        saved_by_part=saved_bytes(options, vocabulary, per_request, width).parts,
+        element_bytes=width,
+        workers=config.cluster.workers,
+        zero_stage=config.parallel.zero_stage,
+        global_batch_size=config.parallel.global_batch_size,
+        mesh=mesh,
+        memory=memory,
+        device_memory_gib=config.plan.device_memory_gib,
+        problems=problems,
+        suggestions=changes,
+        train_events=train_events,
+    )
+
+
+def plan_vocabulary(config: RunConfig) -> tuple[Vocabulary, str, int | None]:
+    """Sizes of codes and features, where they are from, and the training events if data are prepared.
+
+    Prepared data with SIDs win; else tokenizer.codebook and plan.sizes. Raises ConfigError for a size that is missing.
+    """
+    folder = Path(config.data.prepared)
+    if config.data.prepared and (folder / MANIFEST).exists() and (folder / "sids").exists():
+        from onetrain.launcher.job import PreparedData
+
+        data = PreparedData.open(config, checksum=False)
+        return data.vocabulary(config), f"prepared data in {folder}", data.manifest.n_train_events
+    lacks = "no prepared data named" if not config.data.prepared else f"no manifest and SIDs in {folder}"
+    options = config.model
+    sizes = dict(FIXED_SIZES) | {extra_column(name): NUMBER_BUCKETS for name in config.data.source.extra}
+    if options.preset is not None:
+        sizes |= find(options.preset).sizes
+    sizes |= config.plan.sizes
+    missing = sorted(_features(options) - sizes.keys() - options.hashed.keys())
+    if missing:
+        name = missing[0]
+        raise ConfigError(
+            f"plan.sizes.{name}: is missing ({lacks}); say how many ids the feature {name} has, for example "
+            f"--set plan.sizes.{name}=1000, or give it rows with model.hashed.{name}"
+        )
+    vocabulary = Vocabulary(
+        codes=config.tokenizer.codebook,
+        features={**dict.fromkeys(_features(options)), **sizes},
+        pathways=config.batch.pathway_lengths,
+        user_features={**dict.fromkeys(options.user_features), **sizes, USER: None},
+    )
+    return vocabulary, f"tokenizer.codebook and plan.sizes ({lacks})", None
+
+
+def nominal_parameters(config: RunConfig) -> float | None:
+    """The count in OneRec-V2's FLOP convention: plan.nominal_parameters, or what the preset's name says.
+
+    Of experts the active ones. None where the blocks are no longer the preset's.
+    """
+    options = config.model
+    if config.plan.nominal_parameters is not None or options.preset is None:
+        return config.plan.nominal_parameters
+    published = preset(options.preset)
+    shape = ("architecture", "d_model", "n_layers", "n_heads", "ffn_width", "moe")
+    if any(getattr(options, name) != getattr(published, name) for name in shape):
+        return None
+    found = find(options.preset)
+    return found.active_parameters or found.nominal_parameters
+
+
+def _features(options: ModelOptions) -> set[str]:
+    """Names of all features of events, items and users that the model has tables for, but the SID."""
+    names = {*options.features, *options.user_features}
+    if options.time_aware:
+        names |= set(options.time_features)
+    if options.scenario_bos or options.scenario_head_bias:
+        names.add("scenario")
+    if options.contrastive.weight > 0:
+        names |= set(options.contrastive.features)
+    return names - {SID}
+
+
+def _flops_per_target(config: RunConfig, vocabulary: Vocabulary) -> dict[str, float]:
+    """Forward FLOPs by part of one request, its context shared, over its targets."""
+    options, per_request = config.model, config.plan.targets_per_request
+    events = {name: config.plan.context_fill * length for name, length in vocabulary.pathways.items()}
+    filled = replace(vocabulary, pathways={name: round(count) for name, count in events.items()})
+    samples = config.parallel.micro_batch_size or max(config.parallel.global_batch_size // config.cluster.workers, 1)
+    flops = forward_flops(options, vocabulary)
+    work = flops.work(
+        targets=samples * per_request,
+        target_positions=samples * per_request * context_positions(options, filled),
+        rows=samples,
+        events={name: samples * count for name, count in events.items()},
+    )
+    return {part: count / (samples * per_request) for part, count in flops.forward(work).items() if count}
+
+
+def _layout(
+    config: RunConfig, vocabulary: Vocabulary
+) -> tuple[Mesh | None, RankMemory | None, tuple[str, ...], tuple[str, ...]]:
+    """(mesh, memory of a rank, what does not fit, what would)."""
+    try:
+        mesh = check_options(config.parallel, config.cluster.workers)
+        memory = rank_memory(config, vocabulary)
+    except ParallelError as error:
+        return None, None, (str(error),), ()
+    available = config.plan.device_memory_gib
+    if memory.total <= available * GIB:
+        return mesh, memory, (), ()
+    largest = max(memory.device, key=lambda part: memory.device[part])
+    problem = (
+        f"a rank needs {memory.total / GIB:.1f} GiB and has {available:g} (plan.device_memory_gib); the largest part: "
+        f"{largest}, {memory.device[largest] / GIB:.1f} GiB"
+    )
+    found = suggestions(config, vocabulary)
+    changes = tuple(f"{words}: {needed.total / GIB:.1f} GiB a rank" for words, needed in found)
+    if not changes:
+        problem += "; no ZeRO stage, micro batch or number of workers that was tried fits either"
+    return mesh, memory, (problem,), changes

@@ -1,0 +1,155 @@
+"""Memory of one rank while training: weights, gradients and optimizer state under ZeRO, activations, logits.
+
+The state's formulas were held against the live tensors of DeepSpeed's engine on 2 and 4 ranks; a test repeats 2.
+
+Legend: W ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from onetrain.launcher.options import RunConfig
+from onetrain.model.activations import logits_bytes, saved_bytes
+from onetrain.model.options import Vocabulary
+from onetrain.model.parameter_counts import largest_parameter, parameter_counts
+from onetrain.parallel.deepspeed_config import deepspeed_config
+from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.mesh import Mesh
+from onetrain.parallel.options import OptimizerOptions, ParallelOptions
+
+FP32 = 4
+GIB = 1024**3
+MOMENTS = {"adamw": 2, "sgd": 0}
+Variants = Iterator[tuple[str, RunConfig]]  # in words for --set
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank's device, and in its host's memory with an offloaded optimizer."""
+
+    device: dict[str, float]
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of the device, at the highest point: the end of the last forward pass."""
+        return sum(self.device.values())
+
+
+def element_bytes(options: ParallelOptions) -> int:
+    """Of weights and hidden states."""
+    return 2 if options.precision == "bf16" else FP32
+
+
+def state_bytes(options: ParallelOptions, optimizer: OptimizerOptions, world_size: int, parameters: int) -> RankMemory:
+    """Weights, gradients, fp32 master weights and moments of one rank; without buckets and padding.
+
+    Stage 0 (fp32 only) has no masters apart from the weights. Stage 1 cuts masters and moments into W pieces, stage 2
+    the gradients as well, stage 3 everything. In bf16 gradients are accumulated in fp32; stage 1 keeps both whole.
+    """
+    stage, width = options.zero_stage, element_bytes(options)
+    share = parameters / world_size
+    weights = width * (share if stage == 3 else parameters)
+    gradients = FP32 * (share if stage >= 2 else parameters)
+    if stage == 1 and options.precision == "bf16":
+        gradients += width * parameters
+    masters = 0.0 if stage == 0 else FP32 * share
+    moments = MOMENTS[optimizer.name] * FP32 * (parameters if stage == 0 else share)
+    device = {"weights": weights, "gradients": gradients}
+    if options.offload_optimizer:
+        return RankMemory(device, host=masters + moments)
+    return RankMemory({**device, "fp32 master weights": masters, "optimizer moments": moments})
+
+
+def rank_memory(config: RunConfig, vocabulary: Vocabulary) -> RankMemory:
+    """Everything that a rank holds in one micro batch at full sequence length.
+
+    Raises ParallelError for a layout that cannot be.
+    """
+    options, workers = config.parallel, config.cluster.workers
+    parameters = parameter_counts(config.model, vocabulary).total
+    zero = deepspeed_config(options, workers, parameters)["zero_optimization"]
+    state, width = state_bytes(options, config.optimizer, workers, parameters), element_bytes(options)
+    buckets = 0.0
+    if options.zero_stage:
+        buckets = width * (zero["reduce_bucket_size"] + zero["allgather_bucket_size"])
+    if options.zero_stage == 3:
+        gathered = zero["stage3_prefetch_bucket_size"] + largest_parameter(config.model, vocabulary)
+        buckets = width * (zero["reduce_bucket_size"] + min(gathered, parameters))
+    samples, per_sample = Mesh.plan(workers, options).micro_batch_size, config.plan.targets_per_request
+    targets = samples * per_sample
+    saved = saved_bytes(config.model, vocabulary, per_sample, width, micro_batch_targets=targets)
+    device = {
+        **state.device,
+        "communication buckets": buckets,
+        "activations": samples * saved.total,
+        "logits and their gradient": logits_bytes(config.model, vocabulary, targets, width),
+        "reserve": config.plan.reserve_gib * GIB,
+    }
+    return RankMemory({name: size for name, size in device.items() if size}, state.host)
+
+
+def suggestions(config: RunConfig, vocabulary: Vocabulary) -> list[tuple[str, RankMemory]]:
+    """Changes that fit, in words for --set, with the memory they need.
+
+    The mildest of each kind: a higher ZeRO stage, a smaller micro batch, more workers; if no single one fits, a stage
+    and a micro batch together. Empty when nothing does.
+    """
+    single = [_first_fitting(kind(config), vocabulary) for kind in (_stages, _micro_batches, _workers)]
+    found = [suggestion for suggestion in single if suggestion is not None]
+    if not found:
+        both = _first_fitting(_stages_and_micro_batches(config), vocabulary)
+        found = [] if both is None else [both]
+    return found
+
+
+def _first_fitting(variants: Variants, vocabulary: Vocabulary) -> tuple[str, RankMemory] | None:
+    for words, variant in variants:
+        try:
+            memory = rank_memory(variant, vocabulary)
+        except ParallelError:  # for example an offloaded optimizer at a stage that has none
+            continue
+        if memory.total <= variant.plan.device_memory_gib * GIB:
+            return words, memory
+    return None
+
+
+def _stages(config: RunConfig) -> Variants:
+    for stage in (1, 2, 3):
+        if stage > config.parallel.zero_stage:
+            yield f"parallel.zero_stage={stage}", _with(config, zero_stage=stage)
+
+
+def _micro_batches(config: RunConfig) -> Variants:
+    mesh = Mesh.plan(config.cluster.workers, config.parallel)
+    for size in range(mesh.micro_batch_size - 1, 0, -1):
+        if mesh.samples_per_rank % size == 0:
+            yield f"parallel.micro_batch_size={size}", _with(config, micro_batch_size=size)
+
+
+def _stages_and_micro_batches(config: RunConfig) -> Variants:
+    for stage_words, variant in _stages(config):
+        for micro_words, smaller in _micro_batches(variant):
+            yield f"{stage_words} and {micro_words}", smaller
+
+
+def _workers(config: RunConfig) -> Variants:
+    """More ranks at the same global batch, at ZeRO stage 3 if that is needed too."""
+    workers = config.cluster.workers
+    for stage in sorted({config.parallel.zero_stage, 3}):
+        extra = "" if stage == config.parallel.zero_stage else f"parallel.zero_stage={stage} and "
+        for count in (workers * 2**power for power in range(1, 11)):
+            share, rest = divmod(config.parallel.global_batch_size, count)
+            if rest or share == 0:
+                break
+            micro = config.parallel.micro_batch_size
+            fitting = None if micro is None else min(micro, share)
+            variant = _with(config, zero_stage=stage, micro_batch_size=fitting)
+            words = f"{extra}cluster.workers={count}"
+            if fitting != micro:
+                words += f" and parallel.micro_batch_size={fitting}"
+            yield words, replace(variant, cluster=replace(config.cluster, workers=count))
+
+
+def _with(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, parallel=replace(config.parallel, **changes))  # type: ignore[arg-type]
