@@ -208,8 +208,9 @@ def _leaves(value: Any, location: Location = ()) -> Iterator[tuple[Location, Any
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    source = config.data.source
     source = replace(
-        config.data.source, events=_absolute(config.data.source.events), items=_absolute(config.data.source.items)
+        source, events=_absolute(source.events), items=_absolute(source.items), users=_absolute(source.users)
     )
     return replace(
         config,

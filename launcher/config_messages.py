@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from onetrain.launcher.options import RunConfig
 
 Location = tuple[int | str, ...]
+NAMED = "<name>"
 
 
 def dotted(location: Location) -> str:
@@ -23,11 +24,17 @@ def dotted(location: Location) -> str:
 
 
 def all_keys(options: type = RunConfig, prefix: Location = ()) -> Iterator[Location]:
-    """Every section and key that a configuration may have, in the order of declaration."""
+    """Every section and key that a configuration may have, in the order of declaration.
+
+    Sections that the user names, as those of batch.pathways, stand under NAMED.
+    """
     for name, annotation in get_type_hints(options).items():
         yield (*prefix, name)
+        place: Location = (*prefix, name)
+        if get_origin(annotation) is dict:
+            annotation, place = get_args(annotation)[1], (*place, NAMED)
         if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-            yield from all_keys(annotation, (*prefix, name))
+            yield from all_keys(annotation, place)
 
 
 def describe(error: ErrorDetails) -> str:
@@ -93,6 +100,12 @@ def _expected(annotation: Any) -> str:
     return names.get(annotation, "any value")
 
 
+def _fits(pattern: Location, place: list[int | str]) -> bool:
+    return len(pattern) == len(place) and all(
+        known in (part, NAMED) for known, part in zip(pattern, place, strict=True)
+    )
+
+
 def _strip_optional(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, types.UnionType):
         return next(option for option in get_args(annotation) if option is not type(None))
@@ -103,7 +116,7 @@ def _suggestion(location: Location) -> str:
     """The nearest key at the same place, and the places where a key of this name exists."""
     *place, name = location
     keys = list(all_keys())
-    siblings = [key[-1] for key in keys if list(key[:-1]) == place]
+    siblings = [key[-1] for key in keys if _fits(key[:-1], place)]
     near = [dotted((*place, key)) for key in difflib.get_close_matches(str(name), map(str, siblings), n=1)]
     elsewhere = [dotted(key) for key in keys if key[-1] == name]
     if not near and not elsewhere:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onetrain.data.options import DataOptions, SourceOptions
+from onetrain.data.options import DataOptions, PathwayOptions, SourceOptions
 from onetrain.launcher.config import check, config_difference, load_config, run_folder, save_config
-from onetrain.launcher.config_messages import all_keys, dotted
+from onetrain.launcher.config_messages import NAMED, all_keys, dotted
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import EvaluationOptions, RunConfig, TrackingOptions
-from onetrain.model.options import ModelOptions
+from onetrain.model.options import ModelOptions, QueryFormerOptions
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 
 SMALLEST = "name: small\ndata: {prepared: /prepared}\n"
@@ -109,6 +109,7 @@ def test_every_problem_is_told_at_once(write):
         ("modle=3", "did you mean model?"),
         ("model.embedding_dim=3", "did you mean model.embed_dim or data.source.simulator.embedding_dim?"),
         ("train.learning_rate=3", "did you mean optimizer.learning_rate?"),
+        ("batch.pathways.liked.lenght=3", "did you mean batch.pathways.liked.length"),
         ("learning_rat=3", "did you mean optimizer.learning_rate?"),
         ("tracking.qqqq=3", "the keys here are wandb, project, entity, tags"),
     ],
@@ -317,6 +318,8 @@ def test_the_documentation_has_every_key_with_its_default():
     documented = {key.strip("`"): default.strip("`") for _, key, _, default, *_ in rows if len(key) > 2}
     defaults = asdict(RunConfig("must be given"))
     expected = {}
+    defaults["batch"]["pathways"] = {NAMED: asdict(PathwayOptions())}
+    defaults["model"]["query_formers"] = {NAMED: asdict(QueryFormerOptions())}
     for location in all_keys():
         value = reduce(lambda section, part: section[part], location, defaults)
         if not isinstance(value, dict) or not value:
