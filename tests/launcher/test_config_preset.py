@@ -13,7 +13,10 @@ from onetrain.launcher.options import RunConfig
 from onetrain.model.options import ModelOptions, MoEOptions, QueryFormerOptions
 from onetrain.model.presets import PRESETS, preset
 
-START = "name: small\ndata: {prepared: /prepared}\n"
+START = """name: small
+data: {prepared: /prepared}
+batch: {pathways: {history: {}, exposure: {}, click: {}, buy: {}, gift: {}}}
+"""
 
 
 @pytest.fixture
