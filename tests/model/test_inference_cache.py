@@ -24,6 +24,7 @@ def case(name, codes=CODES):
     options, vocab = variant(name, codes)
     model, context = random_model(options, vocab), random_context(vocab, ROWS)
     request = {key: ids_BT[:, 0] for key, ids_BT in random_targets(vocab, ROWS, 1).request.items()}
+    request["scenario"] = torch.tensor([0, 1, 1])
     return model, context, request
 
 
