@@ -217,7 +217,7 @@ class _Counter:
         states = (length + tokens) * options.d_model * self.element
         return length * (per_token + options.n_layers * length * self.mask) + states
 
-    def _read_by(self, former: QueryFormerOptions) -> float:
+    def _read_by(self, former: QueryFormerOptions) -> int:
         """Elements of one position that a Query-Former reads: it, its norm, and each block's key and value."""
         return (2 + self.norm + 2 * former.blocks) * former.width
 
