@@ -10,17 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from onetrain.data.batch import Batch, BatchBuilder
-from onetrain.data.features import SID, FeatureNames, feature_sizes, user_feature_sizes
+from onetrain.data.features import feature_sizes, user_feature_sizes
 from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
 from onetrain.data.shards import ShardReader
 from onetrain.data.sids import SidMap
 from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.features import feature_names
 from onetrain.launcher.options import RunConfig
 from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events, Targets
-from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.options import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,6 @@ class PreparedData:
                 f"is {self.sids.fingerprint}: its codes mean other items. Point data.prepared to the folder that it "
                 "was trained on, or train anew under another name."
             )
-
-
-def feature_names(options: ModelOptions) -> FeatureNames:
-    """The features that the model reads, so that batches hold no others."""
-    time = options.time_features if options.time_aware else ()
-    scenario = ("scenario",) if options.scenario_bos or options.scenario_head_bias else ()
-    items = options.contrastive.features if options.contrastive.weight > 0 else ()
-    return FeatureNames(
-        events=_distinct((*options.features, *time)),
-        user=options.user_features,
-        request=_distinct((*time, *scenario)),
-        items=_distinct(items),
-    )
-
-
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in names if name != SID))
 
 
 def build_model(config: RunConfig, data: PreparedData) -> SidDecoder:

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onetrain.data.features import AGE, GAP_BUCKETS, NUMBER_BUCKETS, SID, USER, WATCHED_BUCKETS
+from onetrain.data.features import AGE, GAP_BUCKETS, NUMBER_BUCKETS, USER, WATCHED_BUCKETS
 from onetrain.data.manifest import FILE_NAME as MANIFEST
 from onetrain.data.schema import extra_column
 from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.features import feature_names
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.plan_memory import GIB, RankMemory, element_bytes, rank_memory, suggestions
 from onetrain.model.activations import context_positions, kv_elements, saved_bytes
@@ -192,15 +193,9 @@ def nominal_parameters(config: RunConfig) -> float | None:
 
 
 def _features(options: ModelOptions) -> set[str]:
-    """Names of all features of events, items and users that the model has tables for, but the SID."""
-    names = {*options.features, *options.user_features}
-    if options.time_aware:
-        names |= set(options.time_features)
-    if options.scenario_bos or options.scenario_head_bias:
-        names.add("scenario")
-    if options.contrastive.weight > 0:
-        names |= set(options.contrastive.features)
-    return names - {SID}
+    """Names of all features of events, requests, items and users that the model has tables for, but the SID."""
+    names = feature_names(options)
+    return {*names.events, *names.user, *names.request, *names.items}
 
 
 def _flops_per_target(config: RunConfig, vocabulary: Vocabulary) -> dict[str, float]:
