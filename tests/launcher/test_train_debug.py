@@ -68,13 +68,13 @@ def test_a_dead_parameter_is_named(tiny, model_with):
 
 def test_a_detached_and_an_exploding_parameter_are_named(tiny, model_with):
     def spoil(model):
-        model.heads[0].register_forward_hook(lambda head, inputs, output: output.detach() * 2)
-        model.norms[2].weight.register_hook(lambda gradient: gradient * float("nan"))
+        model.tokens.heads[0].register_forward_hook(lambda head, inputs, output: output.detach() * 2)
+        model.tokens.norms[2].weight.register_hook(lambda gradient: gradient * float("nan"))
 
     model_with(spoil)
     with pytest.raises(ConfigError) as caught:
         check_gradients(tiny)
     message = str(caught.value)
-    assert "heads.0.weight receives no gradient" in message
-    assert "norms.2.weight receives a gradient that is not finite" in message
-    assert "heads.1.weight" not in message
+    assert "tokens.heads.0.weight receives no gradient" in message
+    assert "tokens.norms.2.weight receives a gradient that is not finite" in message
+    assert "tokens.heads.1.weight" not in message
