@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onetrain.model.attention import OutputGate
-from onetrain.model.features import TimeMLP
+from onetrain.model.features import TimeMLP, table_rows
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.options import ModelOptions, Vocabulary
 
@@ -83,7 +83,8 @@ class SidTokens(nn.Module):
         inputs = levels if options.contrastive.weight > 0 else levels - 1
         self.bos = nn.Embedding(1, d)
         self.bos_time = TimeMLP(options, vocabulary.features, d) if options.time_aware else None
-        scenarios = vocabulary.features.get("scenario") or 1
+        by_scenario = options.scenario_bos or options.scenario_head_bias
+        scenarios = table_rows("scenario", vocabulary.features, options) if by_scenario else 0
         self.bos_scenario = nn.Embedding(scenarios, d) if options.scenario_bos else None
         self.code_embeddings = nn.ModuleList(nn.Embedding(codes, d) for codes in vocabulary.codes[:inputs])
         self.norms = nn.ModuleList(nn.RMSNorm(d, eps=options.norm_eps) for _ in vocabulary.codes)
@@ -141,11 +142,14 @@ class SidDecoder(nn.Module, ABC):
         """The state of beams that continue the beams `source_M` (flat indices b * K + k)."""
 
     def reset_parameters(self) -> None:
-        """Normal(0, init_std); projections onto the residual stream are scaled by 1/sqrt(3 * n_layers) (assumption)."""
+        """Normal(0, init_std); the blocks' projections onto the residual stream are scaled by 1/sqrt(3 * n_layers)
+        (assumption).
+        """
         std, residual_std = self.options.init_std, self.options.init_std / math.sqrt(3 * self.options.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                onto_residual = name.endswith(("attention.out.weight", "cross.out.weight", "down.weight", ".down"))
+                of_block = name.startswith(("blocks.", "encoder.", "mtp."))
+                onto_residual = of_block and name.endswith((".out.weight", ".down.weight", ".down"))
                 nn.init.normal_(parameter, std=residual_std if onto_residual else std)
         for module in self.modules():
             if isinstance(module, OutputGate) and module.score.bias is not None:

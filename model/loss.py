@@ -70,9 +70,8 @@ def contrastive_loss(contrast: Contrast, options: ContrastiveOptions) -> tuple[T
     negatives more often). Another target with the same item is no negative and is left out. Negatives are the targets
     of one micro batch on one rank.
     """
-    state_MD, item_MD = F.normalize(contrast.state_MD, dim=-1), F.normalize(contrast.item_MD, dim=-1)
+    state_MD, item_MD = (F.normalize(_wide(x_MD), dim=-1) for x_MD in (contrast.state_MD, contrast.item_MD))
     score_MM = state_MD @ item_MD.T / options.temperature
-    score_MM = _wide(score_MM)
     if options.logq:
         score_MM = score_MM - contrast.log_q_M
     targets = len(contrast.item_M)

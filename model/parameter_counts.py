@@ -150,7 +150,8 @@ def _embeddings(options: ModelOptions, vocabulary: Vocabulary) -> int:
         per_event = vocabulary.levels if options.flatten_codes else 1
         count += event_width(options, vocabulary) * per_event * sum(vocabulary.pathways.values())
     count += d + d * sum(codes if contrastive else codes[:-1])
-    count += _if(options.scenario_bos, d * _scenarios(vocabulary))
+    if options.scenario_bos:
+        count += d * table_rows("scenario", vocabulary.features, options)
     if contrastive:
         features = options.contrastive.features
         count += _if("sid" in features, sid) + _tables(features, vocabulary.features, options)
@@ -187,11 +188,9 @@ def _tables(names: Iterable[str], sizes: Mapping[str, int | None], options: Mode
 
 
 def _head_biases(options: ModelOptions, vocabulary: Vocabulary) -> int:
-    return _if(options.scenario_head_bias, _scenarios(vocabulary) * sum(vocabulary.codes))
-
-
-def _scenarios(vocabulary: Vocabulary) -> int:
-    return vocabulary.features.get("scenario") or 1
+    if not options.scenario_head_bias:
+        return 0
+    return table_rows("scenario", vocabulary.features, options) * sum(vocabulary.codes)
 
 
 def _gate(options: ModelOptions) -> int:

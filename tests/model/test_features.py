@@ -84,3 +84,10 @@ def test_hashing_a_bounded_feature_makes_its_table_smaller():
     options = ModelOptions(features=("item",), hashed={"item": 3})
     model = build(options, Vocabulary((4, 4), {"item": 1000}, {"history": 2}))
     assert model.context.features.others.tables["item"].weight.shape[0] == 3
+
+
+@pytest.mark.parametrize("option", ["scenario_bos", "scenario_head_bias"])
+def test_scenario_conditioning_needs_scenarios(option):
+    vocab = Vocabulary(codes=(5, 4), features={"item": 11}, pathways={"history": 7})
+    with pytest.raises(ValueError, match="wants the feature 'scenario'"):
+        build(ModelOptions(d_model=8, n_layers=1, n_heads=2, **{option: True}), vocab)

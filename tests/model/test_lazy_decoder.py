@@ -26,7 +26,7 @@ from onetrain.model.build import build
 from onetrain.model.context import ALWAYS, NEVER
 from onetrain.model.lazy_decoder import LazyDecoder
 from onetrain.model.loss import training_loss
-from onetrain.model.options import ModelOptions, MTPOptions
+from onetrain.model.options import ModelOptions, MTPOptions, QueryFormerOptions
 
 PUBLISHED = {  # d_model, layers, heads: millions of block parameters (OneRec-V2, sections 2.4 and 4)
     "0.1B": (640, 12, 10, 88.5),
@@ -126,12 +126,19 @@ def test_kv_elements_of_the_1b_model_as_published(groups, l_kv, s_kv, millions):
 def test_initial_weights(bias):
     """Normal(0, init_std); smaller onto the residual stream; the gate's bias at its value; gains 1."""
     options = ModelOptions(
-        d_model=96, n_layers=3, n_heads=4, cross_attention="projected_kv", output_gate=True, gate_bias=bias
+        d_model=96,
+        n_layers=3,
+        n_heads=4,
+        cross_attention="projected_kv",
+        output_gate=True,
+        gate_bias=bias,
+        query_formers={"history": QueryFormerOptions(queries=32, width=96)},
     )
     torch.manual_seed(0)
     model = build(options, vocabulary((300, 300, 300)))
     std = {name: float(p.detach().std()) for name, p in model.named_parameters() if p.dim() > 1 and p.numel() > 2000}
-    small = {name for name in std if name.endswith(("self_attention.out.weight", "cross.out.weight", "down.weight"))}
+    ends = ("self_attention.out.weight", "cross.out.weight", "ffn.down.weight")
+    small = {name for name in std if name.startswith("blocks.") and name.endswith(ends)}
     assert len(small) == 9
     for name, value in std.items():
         assert value == pytest.approx(0.02 / (math.sqrt(9) if name in small else 1), rel=0.1), name
