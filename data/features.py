@@ -23,6 +23,16 @@ AGE = "age"
 GAP_BUCKETS = 32  # of the time between two events
 NUMBER_BUCKETS = 64  # of any number
 WATCHED_BUCKETS = 12
+FIXED_SIZES = {  # number of ids of the features that are the same for all data
+    "gap": GAP_BUCKETS,
+    AGE: GAP_BUCKETS,
+    "hour": 24,
+    "weekday": 7,
+    "weekend": 2,
+    "watch": NUMBER_BUCKETS,
+    "duration": NUMBER_BUCKETS,
+    "watched": WATCHED_BUCKETS,
+}
 SECOND_MS, HOUR_MS, DAY_MS = 1000, 3_600_000, 86_400_000
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday
 # number bucket k above the middle begins at 2 ** (k / 2) - 1
@@ -100,28 +110,16 @@ class FeatureBuilder:
         return np.array([sample.user.features[name] for sample in samples], dtype=np.int64)
 
 
-def event_feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int]:
-    """Number of ids of every feature that an event of these data has."""
+def feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int | None]:
+    """Number of ids of every feature of events, items and requests; one name means the same ids everywhere."""
     return {
         "item": manifest.items.rows,
         "behaviour": len(manifest.behaviours),
         "scenario": len(manifest.scenarios),
-        "gap": GAP_BUCKETS,
-        AGE: GAP_BUCKETS,
-        "hour": 24,
-        "weekday": 7,
-        "weekend": 2,
-        "watch": NUMBER_BUCKETS,
-        "duration": NUMBER_BUCKETS,
-        "watched": WATCHED_BUCKETS,
+        **FIXED_SIZES,
         **{extra_column(name): NUMBER_BUCKETS for name in manifest.extra},
         **items.sizes,
     }
-
-
-def feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int | None]:
-    """Number of ids of every feature of events, items and requests; one name means the same ids everywhere."""
-    return dict(event_feature_sizes(manifest, items))
 
 
 def user_feature_sizes(manifest: Manifest) -> dict[str, int | None]:
@@ -132,7 +130,7 @@ def user_feature_sizes(manifest: Manifest) -> dict[str, int | None]:
 def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -> FeatureNames:
     """The wanted features without `sid`. Raises DataError, naming what there is, for one that these data lack."""
     known = {
-        "events": tuple(event_feature_sizes(manifest, items)),
+        "events": tuple(feature_sizes(manifest, items)),
         "user": tuple(user_feature_sizes(manifest)),
         "request": REQUEST_FEATURES,
         "items": ("item", *items.sizes),

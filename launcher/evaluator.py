@@ -93,7 +93,9 @@ class Evaluator:
         @torch.no_grad()
         def rank(samples: Sequence[Sample], batch: Batch) -> dict[str, Tensor]:
             context, targets = model_inputs(batch, device)
-            request = {name: ids_BT[:, 0] for name, ids_BT in targets.request.items()}  # its targets share one moment
+            request = {
+                name: ids_BT[:, 0] for name, ids_BT in targets.request.items()
+            }  # one moment, and one scenario where the model reads it
             beams = beam_search(model, context, trie, beam_size, request)
             seen_BS = _seen(samples).to(device) if options.mask_seen else None
             real_BT = targets.weight_BT > 0

@@ -17,5 +17,11 @@ def feature_names(options: ModelOptions) -> FeatureNames:
     )
 
 
+def all_features(options: ModelOptions) -> set[str]:
+    """Names of all features that the model has tables for, but the SID."""
+    names = feature_names(options)
+    return {*names.events, *names.user, *names.request, *names.items}
+
+
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name != SID))

@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onetrain.data.features import AGE, GAP_BUCKETS, NUMBER_BUCKETS, USER, WATCHED_BUCKETS
+from onetrain.data.features import FIXED_SIZES, NUMBER_BUCKETS, USER
 from onetrain.data.manifest import FILE_NAME as MANIFEST
 from onetrain.data.schema import extra_column
 from onetrain.launcher.errors import ConfigError
-from onetrain.launcher.features import feature_names
+from onetrain.launcher.features import all_features
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.plan_memory import GIB, RankMemory, element_bytes, rank_memory, suggestions
 from onetrain.model.activations import context_positions, kv_elements, saved_bytes
 from onetrain.model.flops import forward_flops
-from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.options import Vocabulary
 from onetrain.model.paper_flops import PaperFigures, paper_figures
 from onetrain.model.parameter_counts import ParameterCounts, parameter_counts
 from onetrain.model.presets import find, preset
@@ -24,16 +24,7 @@ from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 
-FIXED_SIZES = {
-    "gap": GAP_BUCKETS,
-    AGE: GAP_BUCKETS,
-    "hour": 24,
-    "weekday": 7,
-    "weekend": 2,
-    "watch": NUMBER_BUCKETS,
-    "duration": NUMBER_BUCKETS,
-    "watched": WATCHED_BUCKETS,
-}
+EXTRA_LEVEL = "extra_level"  # in plan.sizes: codes of the level that tokenizer.collisions extra_level adds
 
 
 @dataclass(frozen=True)
@@ -156,20 +147,25 @@ def plan_vocabulary(config: RunConfig) -> tuple[Vocabulary, str, int | None]:
         return data.vocabulary(config), f"prepared data in {folder}", data.manifest.n_train_events
     lacks = "no prepared data named" if not config.data.prepared else f"no manifest and SIDs in {folder}"
     options = config.model
-    sizes = dict(FIXED_SIZES) | {extra_column(name): NUMBER_BUCKETS for name in config.data.source.extra}
+    sizes = FIXED_SIZES | {extra_column(name): NUMBER_BUCKETS for name in config.data.source.extra}
     if options.preset is not None:
         sizes |= find(options.preset).sizes
     sizes |= config.plan.sizes
-    missing = sorted(_features(options) - sizes.keys() - options.hashed.keys())
+    codes = config.tokenizer.codebook
+    wanted = all_features(options) - options.hashed.keys()
+    if config.tokenizer.collisions == "extra_level":
+        wanted.add(EXTRA_LEVEL)  # its size is the most items that share a SID, which only the data know
+        codes = (*codes, sizes.get(EXTRA_LEVEL, 1))
+    missing = sorted(wanted - sizes.keys() - {USER})
     if missing:
-        name = missing[0]
+        example = ", ".join(f"{name}: 1000" for name in missing)
         raise ConfigError(
-            f"plan.sizes.{name}: is missing ({lacks}); say how many ids the feature {name} has, for example "
-            f"--set plan.sizes.{name}=1000, or give it rows with model.hashed.{name}"
+            f"plan.sizes: {', '.join(missing)} missing ({lacks}); say how many ids each has, for example "
+            f"--set 'plan.sizes={{{example}}}', or give a feature rows with model.hashed"
         )
     vocabulary = Vocabulary(
-        codes=config.tokenizer.codebook,
-        features={**dict.fromkeys(_features(options)), **sizes},
+        codes=codes,
+        features={**dict.fromkeys(all_features(options)), **sizes},
         pathways=config.batch.pathway_lengths,
         user_features={**dict.fromkeys(options.user_features), **sizes, USER: None},
     )
@@ -190,12 +186,6 @@ def nominal_parameters(config: RunConfig) -> float | None:
         return None
     found = find(options.preset)
     return found.active_parameters or found.nominal_parameters
-
-
-def _features(options: ModelOptions) -> set[str]:
-    """Names of all features of events, requests, items and users that the model has tables for, but the SID."""
-    names = feature_names(options)
-    return {*names.events, *names.user, *names.request, *names.items}
 
 
 def _flops_per_target(config: RunConfig, vocabulary: Vocabulary) -> dict[str, float]:

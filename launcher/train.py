@@ -25,6 +25,7 @@ from onetrain.launcher.evaluator import SUBSETS, Evaluator
 from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_numerics
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
+from onetrain.launcher.resume import check_model, check_order, sample_order
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.loss import training_loss
@@ -59,6 +60,7 @@ class _Run:
         self.folder = run_folder(config)
         self.checkpoints = folder_of_checkpoints(self.folder)
         self.data = PreparedData.open(config, checksum=ranks.is_main)
+        self.builder = self.data.builder(config)  # refuses features and pathways that the data lack
         model = build_model(config, self.data)
         self.engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
         self.cursor = 0
@@ -118,7 +120,7 @@ class _Run:
         return TrainingStream(
             index=index,
             order=GlobalOrder(len(index), self.data.manifest.fingerprint, self.config.seed),
-            builder=self.data.builder(self.config),
+            builder=self.builder,
             global_batch_size=self.config.parallel.global_batch_size,
             micro_batches=mesh.accumulation_steps,
             rank=self.ranks.rank,
@@ -130,7 +132,8 @@ class _Run:
         if self.config.train.resume == "auto" and newest is not None:
             state = checkpoints.read_state(newest)
             self.data.check_sids(state, newest)
-            self._check_order(state["order"], newest)
+            check_order(state["order"], self._order(), newest)
+            check_model(state["config"], self.config, newest)
             self.cursor = checkpoints.load(self.engine, newest)["cursor"]
             self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor} samples consumed")
         elif newest is not None:
@@ -145,21 +148,7 @@ class _Run:
             self._say(f"starting from the weights of {source}")
 
     def _order(self) -> dict[str, object]:
-        """All that decides which sample stands at which position."""
-        order = {"data_fingerprint": self.data.manifest.fingerprint, "seed": self.config.seed}
-        options = asdict(self.config.batch)
-        batch = {f"batch.{key}": value for key, value in options.items() if key != "behaviour_weights"}
-        return json.loads(json.dumps({**order, **batch}))  # as a checkpoint holds it: lists for tuples
-
-    def _check_order(self, saved: dict[str, object], folder: Path) -> None:
-        now = self._order()
-        changed = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
-        if changed:
-            raise ConfigError(
-                f"Checkpoint {folder} cannot go on: its cursor has no meaning in another order of samples "
-                f"({'; '.join(changed)}). Restore that, or start another run (name) from its weights with "
-                "train.warm_start."
-            )
+        return sample_order(self.config, self.data.manifest.fingerprint)
 
     def _start_records(self) -> Tracker:
         if self.ranks.is_main:

@@ -1,8 +1,8 @@
 """Context processor: behaviour sequences and user features become context positions, once per request
 (OneRec-V2, section 2.2; pathways of OneRec-V1; Query-Formers of OneMall; time-awareness of OneLive).
 
-Legend: B context rows, N events of a sequence, P context positions (one static, then pathway after pathway),
-C concatenated feature width, D context width, G KV groups, K head width.
+Legend: B context rows, N events of a sequence, M queries of a Query-Former, P context positions (one static, then
+pathway after pathway), C concatenated feature width, D context width, G KV groups, K head width.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onetrain.model.attention import KeyValue, for_attention, split_heads
-from onetrain.model.features import EventFeatures, FeatureTables, TimeMLP
+from onetrain.model.features import EventFeatures, FeatureTables, TimeMLP, module_key
 from onetrain.model.inputs import Context, Events
 from onetrain.model.options import ModelOptions, Vocabulary
 from onetrain.model.query_former import QueryFormer
@@ -106,8 +106,9 @@ class ContextProcessor(nn.Module):
         self.time = TimeMLP(options, vocabulary.features, width) if options.time_aware else None
         self.static = UserStatic(options, vocabulary.user_features)
         self.pathways = nn.ModuleDict(
-            {name: Pathway(options, name, n * per_event, width) for name, n in vocabulary.pathways.items()}
+            {module_key(name): Pathway(options, name, n * per_event, width) for name, n in vocabulary.pathways.items()}
         )
+        self.names = tuple(vocabulary.pathways)
         shared = options.cross_attention == "shared_kv" and options.architecture == "lazy_decoder"
         chunk, sets = options.kv_groups * options.d_head, options.l_kv if shared else 0
         self.key_norms = nn.ModuleList(nn.RMSNorm(chunk, eps=options.norm_eps) for _ in range(sets))
@@ -123,7 +124,7 @@ class ContextProcessor(nn.Module):
         rows = len(next(iter(context.sequences.values())).length_B)
         static_B1D = self.static(context.user, rows)
         parts = [Positions(static_B1D, torch.full((rows, 1), ALWAYS, device=static_B1D.device))]
-        parts += [self._pathway(name, context.sequences[name]) for name in self.pathways]
+        parts += [self._pathway(name, context.sequences[name]) for name in self.names]
         return Positions(torch.cat([x for x, _ in parts], dim=1), torch.cat([index for _, index in parts], dim=1))
 
     def _pathway(self, name: str, events: Events) -> Positions:
@@ -139,7 +140,7 @@ class ContextProcessor(nn.Module):
             time_BNC = None if time_BNC is None else time_BNC.repeat_interleave(self.levels, dim=1)
         if time_BNC is not None:
             x_BNC = x_BNC + time_BNC
-        return self.pathways[name](x_BNC, length_B, index_BN)
+        return self.pathways[module_key(name)](x_BNC, length_B, index_BN)
 
     def key_value_sets(self, x_BPD: Tensor) -> list[KeyValue]:
         """{(k_l, v_l)}: the width split into S_kv * L_kv chunks, RMSNorm each; L_kv sets of (B, G, P, K)."""

@@ -105,7 +105,7 @@ class DecoderOnly(SidDecoder):
 
 
 def _causal(index_BP: Tensor) -> Tensor:
-    """(B, P, P): a context position sees itself and the real ones before it; the static position is the first."""
+    """(B, P, P): a context position sees the real ones up to itself; the first, the static one, is always real."""
     positions = index_BP.shape[1]
     earlier_PP = torch.ones(positions, positions, dtype=torch.bool, device=index_BP.device).tril()
     return earlier_PP & (index_BP != NEVER)[:, None]

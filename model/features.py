@@ -20,6 +20,14 @@ def hash_ids(ids: Tensor, rows: int) -> Tensor:
     return ((mixed ^ (mixed >> 32)) & torch.iinfo(torch.int64).max) % rows
 
 
+_TAKEN = nn.ModuleDict()
+
+
+def module_key(name: str) -> str:
+    """The key under which an nn.ModuleDict can hold `name`: `type`, `items` and others are attributes of its own."""
+    return f"{name}_" if hasattr(_TAKEN, name) else name
+
+
 class FeatureTables(nn.Module):
     """One embedding table per named feature, concatenated in the order of the names.
 
@@ -31,7 +39,10 @@ class FeatureTables(nn.Module):
         self.names = tuple(names)
         self.hashed = {name: options.hashed[name] for name in self.names if name in options.hashed}
         self.tables = nn.ModuleDict(
-            {name: nn.Embedding(table_rows(name, sizes, options), options.width_of(name)) for name in self.names}
+            {
+                module_key(name): nn.Embedding(table_rows(name, sizes, options), options.width_of(name))
+                for name in self.names
+            }
         )
         self.width = sum(options.width_of(name) for name in self.names)
 
@@ -41,7 +52,7 @@ class FeatureTables(nn.Module):
 
     def embed(self, name: str, ids: Tensor) -> Tensor:
         """Ids (...) of one feature to (..., its width)."""
-        return self.tables[name](hash_ids(ids, self.hashed[name]) if name in self.hashed else ids)
+        return self.tables[module_key(name)](hash_ids(ids, self.hashed[name]) if name in self.hashed else ids)
 
 
 def table_rows(name: str, sizes: Mapping[str, int | None], options: ModelOptions) -> int:

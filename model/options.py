@@ -9,6 +9,12 @@ from typing import Literal
 FIELD_OF = {"kv_groups": "g_kv", "ffn_width": "d_ff"}
 
 
+def _check_distinct(key: str, names: tuple[str, ...]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{key} names {', '.join(repeated)} more than once")
+
+
 @dataclass(frozen=True)
 class QueryFormerOptions:
     """Learned queries that read a sequence in a few blocks of cross-attention and FFN (OneMall, section 3.1).
@@ -67,6 +73,7 @@ class ContrastiveOptions:
                 f"model.contrastive has weight {self.weight} and temperature {self.temperature}; "
                 "the weight is at least 0, the temperature above 0"
             )
+        _check_distinct("model.contrastive.features", self.features)
         if not self.features:
             raise ValueError("model.contrastive.features is empty; the item tower needs one, for example [sid]")
 
@@ -156,6 +163,8 @@ class ModelOptions:
             raise ValueError(f"model.s_kv is {self.s_kv}; it is 1 (one tensor for key and value) or 2 (separate)")
         if not 1 <= self.l_kv <= self.n_layers:
             raise ValueError(f"model.l_kv is {self.l_kv}; it is between 1 and model.n_layers ({self.n_layers})")
+        for name in ("features", "user_features", "time_features"):
+            _check_distinct(f"model.{name}", getattr(self, name))
         if not self.features:
             raise ValueError("model.features is empty; the context needs at least one feature, for example [sid]")
         for name in ("dropout", "context_dropout"):
@@ -182,9 +191,9 @@ class ModelOptions:
             for name, plain in (("mtp.enabled", self.mtp.enabled), ("contrastive.weight", self.contrastive.weight)):
                 if plain:
                     raise ValueError(f"model.architecture decoder_only is a plain reference without model.{name}")
-        if self.moe.experts and self.moe.first_dense > self.n_layers:
+        if self.moe.experts and self.moe.first_dense >= self.n_layers:
             raise ValueError(
-                f"model.moe.first_dense {self.moe.first_dense} is more than model.n_layers {self.n_layers}"
+                f"model.moe.first_dense {self.moe.first_dense} leaves none of model.n_layers {self.n_layers} to experts"
             )
         if self.gate_bias is not None and not self.output_gate:
             raise ValueError("model.gate_bias needs model.output_gate: true")

@@ -109,7 +109,7 @@ def test_prepared_data_give_the_real_sizes(tiny):
 
 def test_without_prepared_data_the_configuration_gives_them(tiny, tmp_path):
     config = replace(tiny, data=replace(tiny.data, prepared=str(tmp_path / "nowhere")))
-    with pytest.raises(ConfigError, match=r"plan.sizes.behaviour: is missing .*nowhere"):
+    with pytest.raises(ConfigError, match=r"plan.sizes: behaviour missing .*nowhere"):
         make_plan(config)
     plan = make_plan(replace(config, plan=replace(config.plan, sizes={"behaviour": 3})))
     assert plan.vocabulary.codes == config.tokenizer.codebook
@@ -192,5 +192,5 @@ def test_a_missing_size_ends_with_the_configuration_error(tmp_path):
     path.write_text("name: job\nmodel: {features: [sid, shop]}\n")
     result = onetrain(path)
     assert result.exit_code == 2
-    assert "plan.sizes.shop: is missing (no prepared data named)" in result.output
+    assert "plan.sizes: shop missing (no prepared data named)" in result.output
     assert onetrain(path, "--set", "plan.sizes.shop=10").exit_code == 0

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from train_cases import changed, checkpoint, records, train_on
 
 from onetrain.data.manifest import Manifest
-from onetrain.data.options import SplitOptions
+from onetrain.data.options import PathwayOptions, SplitOptions
 from onetrain.data.prepare import prepare
 from onetrain.data.sids import SidMap
 from onetrain.launcher.checkpoints import find_checkpoint
@@ -192,3 +192,18 @@ def test_the_best_checkpoint_and_the_newest_are_kept(tiny, monkeypatch):
     train(changed(config, train__steps=12, evaluation__best_metric="ndcg@5"))
     best = {"step": 12, "metric": "ndcg@5", "value": 0.05}
     assert kept() == (best, [f"step_{step:08d}" for step in (11, 12)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model__features": ("behaviour", "sid")}, "model.features was"),
+        ({"model__position": "recency"}, "model.position was absolute, now recency"),
+        ({"batch__pathways": {"history": PathwayOptions(length=5)}}, "batch.pathways was"),
+    ],
+)
+def test_another_network_of_the_same_shapes_does_not_go_on(tiny, change, message):
+    train(changed(tiny, train__steps=2))
+    with pytest.raises(ConfigError, match=message):
+        train(changed(tiny, train__steps=4, **change))
+    train(changed(tiny, train__steps=4, model__dropout=0.1, model__init_std=0.5))

@@ -7,6 +7,7 @@ from reference_layers import hashed_row
 
 from onetrain.model.build import build
 from onetrain.model.features import FeatureTables, hash_ids
+from onetrain.model.inputs import Context, Events
 from onetrain.model.options import ModelOptions, Vocabulary
 
 
@@ -91,3 +92,17 @@ def test_scenario_conditioning_needs_scenarios(option):
     vocab = Vocabulary(codes=(5, 4), features={"item": 11}, pathways={"history": 7})
     with pytest.raises(ValueError, match="wants the feature 'scenario'"):
         build(ModelOptions(d_model=8, n_layers=1, n_heads=2, **{option: True}), vocab)
+
+
+def test_names_that_a_module_dict_keeps_for_itself():
+    names = ("type", "items", "float", "plain")
+    vocab = Vocabulary(codes=(5, 4), features=dict.fromkeys(names, 6), pathways={"train": 3, "keys": 4})
+    model = build(ModelOptions(d_model=8, n_layers=1, n_heads=2, features=("sid", *names)), vocab)
+    context = Context(
+        {
+            name: Events(torch.zeros(2, n, 2).long(), torch.arange(n).repeat(2, 1), torch.tensor([n, 1]), ids)
+            for name, n in vocab.pathways.items()
+            for ids in [{feature: torch.randint(6, (2, n)) for feature in names}]
+        }
+    )
+    assert model.context(context).x_BPD.shape == (2, 1 + 3 + 4, 8)

@@ -1,0 +1,68 @@
+"""What checkpoint and configuration must have in common for a run to go on: the order of samples, and the network."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.options import RunConfig
+
+ORDER_KEYS = ("max_context", "request_by", "share_context", "target_behaviours", "min_context")
+MAY_CHANGE = {  # of the model: regularisation, initial values, weights and details of losses
+    "preset",
+    "preset_scale",
+    "dropout",
+    "context_dropout",
+    "init_std",
+    "decay",
+    "weight",
+    "temperature",
+    "logq",
+}
+Json = dict[str, Any]
+
+
+def sample_order(config: RunConfig, data_fingerprint: str) -> Json:
+    """All that decides which sample stands at which position."""
+    batch = {f"batch.{key}": getattr(config.batch, key) for key in ORDER_KEYS}
+    return _as_json({"data_fingerprint": data_fingerprint, "seed": config.seed, **batch})
+
+
+def check_order(saved: Json, now: Json, checkpoint: Path) -> None:
+    """Raises ConfigError if the checkpoint's cursor counts samples of another order."""
+    changed = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
+    if changed:
+        raise ConfigError(
+            f"Checkpoint {checkpoint} cannot go on: its cursor has no meaning in another order of samples "
+            f"({'; '.join(changed)}). Restore that, or start another run (name) from its weights with train.warm_start."
+        )
+
+
+def check_model(saved: Json, config: RunConfig, checkpoint: Path) -> None:
+    """Raises ConfigError for another network, also where the shapes of its parameters do not show it.
+
+    Args: `saved` is the configuration that the checkpoint holds.
+    """
+    before, after = _network(saved), _network(_as_json(asdict(config)))
+    changed = [f"{key} was {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key]]
+    if changed:
+        raise ConfigError(
+            f"Checkpoint {checkpoint} cannot go on: it holds the weights of another network ({'; '.join(changed)}). "
+            "Restore that, or start another run (name), from its weights with train.warm_start if they fit."
+        )
+
+
+def _network(config: Json) -> Json:
+    """The keys that the network's function depends on; the order of pathways counts."""
+    keys = {f"model.{key}": value for key, value in config["model"].items() if key not in MAY_CHANGE}
+    for section in ("mtp", "contrastive"):
+        inner = config["model"].get(section, {})
+        keys[f"model.{section}"] = {key: value for key, value in inner.items() if key not in MAY_CHANGE}
+    keys["batch.pathways"] = list(map(list, config["batch"].get("pathways", {}).items()))
+    return keys
+
+
+def _as_json(value: Json) -> Json:
+    """As a checkpoint holds it: lists for tuples."""
+    return json.loads(json.dumps(value))
