@@ -58,9 +58,16 @@ class EvaluationTable:
         return path
 
 
-def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progress | None = None) -> EvaluationTable:
-    """Evaluate `checkpoint` ("best", "latest" or a folder) on all requests of `split`, in this process.
+def evaluate(
+    config: RunConfig,
+    checkpoint: str,
+    split: Split,
+    progress: Progress | None = None,
+    max_requests: int | None = None,
+) -> EvaluationTable:
+    """Evaluate `checkpoint` ("best", "latest" or a folder) on the requests of `split`, in this process.
 
+    With `max_requests`, on the first of a fixed shuffle, the same for every model of these data.
     Raises ConfigError for a checkpoint that is not there or belongs to another SID map, DataError for damaged data.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -81,7 +88,7 @@ def evaluate(config: RunConfig, checkpoint: str, split: Split, progress: Progres
         results: Results = {}
         for name, ranker in rankers.items():
             stage = (lambda _, done, total, name=name: progress(name, done, total)) if progress else None
-            results[name] = evaluator.run(ranker, ranks, progress=stage)
+            results[name] = evaluator.run(ranker, ranks, max_requests, stage)
     finally:
         process_group.stop()
     return _table(config, folder, state["step"], split, results)

@@ -122,3 +122,10 @@ def test_two_ranks_equal_one(variant, stage, two_ranks):
 def test_a_feature_that_cannot_be_embedded_is_refused_by_name(tiny, settings, message):
     with pytest.raises((ConfigError, DataError), match=message):
         train(changed(tiny, **settings))
+
+
+def test_a_part_of_the_requests_is_the_same_for_every_model(tiny):
+    train(changed(tiny, train__steps=2))
+    parts = [evaluate(tiny, "latest", "test", max_requests=50).record["results"] for _ in range(2)]
+    assert parts[0] == parts[1]
+    assert {subsets["all"]["requests"] for subsets in parts[0].values()} == {50}
