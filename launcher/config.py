@@ -21,7 +21,6 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from onetrain.launcher.config_messages import Location, describe, dotted, mismatch
-from onetrain.launcher.config_model import model_problems
 from onetrain.launcher.config_preset import merge_sections, with_preset
 from onetrain.launcher.config_yaml import dump_yaml, parse_yaml
 from onetrain.launcher.errors import ConfigError
@@ -247,6 +246,8 @@ def _problems(config: RunConfig, needs_data: bool) -> Iterator[str]:
             preset(config.model.preset, config.model.preset_scale)
         except ValueError as error:
             yield str(error)
+    from onetrain.launcher.config_model import model_problems  # loads numpy and arrow, which `--help` does without
+
     yield from model_problems(config)
     for key, least in (
         ("steps", 1),

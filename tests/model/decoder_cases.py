@@ -360,7 +360,7 @@ def model_options(draw, architecture="lazy_decoder", pathways=tuple(ONE_PATHWAY)
             top_k=draw(st.integers(1, max(experts, 1))),
             shared=draw(st.integers(0, 2)),
             d_expert=draw(st.sampled_from((None, 4))),
-            first_dense=draw(st.integers(0, layers)),
+            first_dense=draw(st.integers(0, layers - 1)),
             score=draw(st.sampled_from(("sigmoid", "softmax"))),
             renormalise=draw(st.booleans()),
         ),

@@ -77,7 +77,7 @@ def random_options(seed):
             top_k=draw.randint(1, 2),
             shared=draw.randint(0, 2),
             d_expert=draw.choice([None, 11]),
-            first_dense=draw.randint(0, n_layers) if experts else 0,
+            first_dense=draw.randint(0, n_layers - 1) if experts else 0,
         ),
     )
     vocab = Vocabulary(
