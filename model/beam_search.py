@@ -34,7 +34,7 @@ def beam_search(
     features.
     """
     state = model.start(context, request or {})
-    rows, device = _rows(context), _device(context)
+    rows, device = len(context.length_B), context.length_B.device
     code_BK: Tensor | None = None
     codes_BKL = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)
     score_BK = torch.zeros(rows, 1, device=device)
@@ -60,11 +60,3 @@ def beam_search(
     score_BK = F.pad(score_BK, (0, short), value=-torch.inf)
     codes_BKL, node_BK = F.pad(codes_BKL, (0, 0, 0, short)), F.pad(node_BK, (0, short))
     return Beams(codes_BKL, score_BK, node_BK.masked_fill(score_BK == -torch.inf, -1))
-
-
-def _rows(context: Context) -> int:
-    return len(next(iter(context.sequences.values())).length_B)
-
-
-def _device(context: Context) -> torch.device:
-    return next(iter(context.sequences.values())).length_B.device

@@ -121,7 +121,7 @@ class ContextProcessor(nn.Module):
 
         While training, `context_dropout` hides events at random, alike from every target of a row.
         """
-        rows = len(next(iter(context.sequences.values())).length_B)
+        rows = len(context.length_B)
         static_B1D = self.static(context.user, rows)
         parts = [Positions(static_B1D, torch.full((rows, 1), ALWAYS, device=static_B1D.device))]
         parts += [self._pathway(name, context.sequences[name]) for name in self.names]

@@ -42,6 +42,11 @@ class Context(_Tensors):
     sequences: dict[str, Events]
     user: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def length_B(self) -> Tensor:  # noqa: N802
+        """Events of the first sequence: every context has one, and it tells the number of rows and the device."""
+        return next(iter(self.sequences.values())).length_B
+
 
 @dataclass(frozen=True)
 class Targets(_Tensors):
