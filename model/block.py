@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from onetrain.model.attention import CrossAttention, KeyValue, SelfAttention
 from onetrain.model.decoder import TargetLayout
-from onetrain.model.ffn import SparseFFN, SwiGLU
+from onetrain.model.ffn import SwiGLU
+from onetrain.model.moe import SparseFFN
 from onetrain.model.options import ModelOptions
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from onetrain.model.attention import OutputGate
 from onetrain.model.features import TimeMLP, table_rows
 from onetrain.model.inputs import Context, Targets
+from onetrain.model.moe import RoutingSummary
 from onetrain.model.options import ModelOptions, Vocabulary
 
 
@@ -36,6 +37,7 @@ class Predictions(NamedTuple):
     weight_M: Tensor
     mtp_logits: list[list[Tensor]]  # of MTP module k = 1, 2, ...: its levels k..L-1, each (M, V)
     contrast: Contrast | None
+    routing: RoutingSummary | None = None  # of the sparse blocks, with losses per target
 
 
 @dataclass(frozen=True)

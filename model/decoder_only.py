@@ -15,6 +15,7 @@ from onetrain.model.block import SelfBlock
 from onetrain.model.context import NEVER, ContextProcessor
 from onetrain.model.decoder import Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
+from onetrain.model.moe import routing_summary
 from onetrain.model.options import ModelOptions, Vocabulary
 
 
@@ -58,7 +59,10 @@ class DecoderOnly(SidDecoder):
         h_MSD = layout.pick(h_BXD[:, positions:].unflatten(1, (slots, levels)))
         request = {name: layout.pick(ids_BT) for name, ids_BT in targets.request.items()}
         logits = [self.tokens.logits(h_MSD[:, level], level, request) for level in range(levels)]
-        return Predictions(logits, layout.pick(targets.sid_BTL), layout.pick(targets.weight_BT), [], None)
+        routing = routing_summary(self, by_position=False)
+        if routing is not None and routing.loss_R is not None:  # a target's row
+            routing = routing._replace(loss_R=layout.pick(routing.loss_R[:, None].expand(-1, slots)))
+        return Predictions(logits, layout.pick(targets.sid_BTL), layout.pick(targets.weight_BT), [], None, routing)
 
     def start(self, context: Context, request: Mapping[str, Tensor]) -> BeamState:
         """Run the context through every block and keep its keys and values."""

@@ -18,6 +18,7 @@ from onetrain.model.context import NEVER, ContextProcessor
 from onetrain.model.contrastive import ItemTower
 from onetrain.model.decoder import Contrast, Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
+from onetrain.model.moe import routing_summary
 from onetrain.model.mtp import LiteModule
 from onetrain.model.options import ModelOptions, Vocabulary
 
@@ -82,7 +83,7 @@ class LazyDecoder(SidDecoder):
             code_MSD = tokens_MSD[:, depth : depth + slots]  # slot 0 of the tokens is BOS
             h_MSD = module(h_MSD[:, :slots], code_MSD, self.blocks[0], memory.kv[0], mask_BTP, layout, bos)
             mtp_logits.append([self.tokens.logits(h_MSD[:, j], depth + j, request) for j in range(slots)])
-        return Predictions(logits, codes_ML, weight_M, mtp_logits, contrast)
+        return Predictions(logits, codes_ML, weight_M, mtp_logits, contrast, routing_summary(self, by_position=True))
 
     def remember(self, context: Context) -> Memory:
         """Process the context: once per request, whatever the number of targets or beams."""

@@ -34,12 +34,12 @@ def cross_entropies(logits: Sequence[Tensor], codes_ML: Tensor) -> Tensor:
 
 def training_loss(predictions: Predictions, options: ModelOptions) -> LossParts:
     """Of each target the mean over levels of the next-token loss, plus w_k times that of every MTP module, plus the
-    contrastive loss times its weight; times the target's weight and summed.
+    contrastive loss times its weight, plus the routers' auxiliary losses; times the target's weight and summed.
 
     The papers' MTP loss sums over the levels that a module predicts; here both it and the main loss are divided by L
     (OneRec-V2's mean), which leaves their ratio as published. With M = 0 the loss is 0, still differentiable.
     """
-    logits, codes_ML, weight_M, mtp_logits, contrast = predictions
+    logits, codes_ML, weight_M, mtp_logits, contrast, routing = predictions
     levels = codes_ML.shape[1]
     entropy_LM = cross_entropies(logits, codes_ML)
     weight_M = weight_M.to(entropy_LM.dtype)
@@ -60,6 +60,12 @@ def training_loss(predictions: Predictions, options: ModelOptions) -> LossParts:
         loss = loss + options.contrastive.weight * (contrastive_M @ weight_M)
         stats["contrastive_loss"] = (contrastive_M @ weight_M).detach()
         stats["contrastive_hits"] = (hit_M * weight_M).sum()
+    if routing is not None:
+        stats["expert_load"], stats["router_entropy"] = routing.load_ZSE, routing.entropy_Z
+        if routing.loss_R is not None:
+            router_loss = routing.loss_R.to(weight_M.dtype) @ weight_M
+            loss = loss + router_loss
+            stats["router_loss"] = router_loss.detach()
     return LossParts(loss, weight_M.sum(), stats)
 
 

@@ -89,15 +89,35 @@ class MoEOptions:
     first_dense: int = 0  # blocks at the bottom that keep a dense FFN
     score: Literal["sigmoid", "softmax"] = "sigmoid"  # assumption
     renormalise: bool = True  # weights of the chosen experts sum to 1 (assumption)
+    scale: float = 1.0  # times the weights of the chosen experts (DeepSeek-V3's routed scaling factor)
+    groups: int = 1  # equal groups of experts (group-limited routing) ...
+    top_groups: int = 1  # ... of which a token may use so many
+    bias_rate: float = 0.001  # loss-free balancing: step of an expert's bias per optimizer step; 0 = off
+    sequence_loss: float = 0.0  # weight of the balance loss within a target's tokens (DeepSeek-V3, eq. 17)
+    z_loss: float = 0.0  # weight of the router z-loss (ST-MoE)
 
     def __post_init__(self) -> None:
-        for name, least in (("experts", 0), ("top_k", 1), ("shared", 0), ("first_dense", 0)):
+        least_of = {"experts": 0, "top_k": 1, "shared": 0, "first_dense": 0, "groups": 1, "top_groups": 1}
+        least_of |= {"bias_rate": 0, "sequence_loss": 0, "z_loss": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"model.moe.{name} is {getattr(self, name)}; it is at least {least}")
+        if self.scale <= 0:
+            raise ValueError(f"model.moe.scale is {self.scale}; it is above 0")
         if self.d_expert is not None and self.d_expert < 1:
             raise ValueError(f"model.moe.d_expert is {self.d_expert}; it is at least 1")
         if self.experts and self.top_k > self.experts:
             raise ValueError(f"model.moe.top_k {self.top_k} is more than model.moe.experts {self.experts}")
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f"model.moe.groups {self.groups} must divide model.moe.experts {self.experts}, and "
+                f"model.moe.top_groups {self.top_groups} be at most model.moe.groups"
+            )
+        if self.experts and self.top_k > self.top_groups * self.experts // self.groups:
+            raise ValueError(
+                f"model.moe.top_k {self.top_k} is more than the {self.top_groups * self.experts // self.groups} experts "
+                "of model.moe.top_groups groups"
+            )
 
 
 @dataclass(frozen=True)

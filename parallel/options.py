@@ -8,16 +8,27 @@ from typing import Any, Literal
 class ParallelOptions:
     """How a global batch is spread over ranks, and which DeepSpeed engine trains it."""
 
+    tensor_parallel: int = 1  # ranks that share every layer
+    context_parallel: int = 1  # ranks that share a user's history
+    expert_parallel: int = 1  # ranks that share the experts of a sparse block
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     global_batch_size: int = 256  # samples per optimizer step, over all ranks; independent of world size
     micro_batch_size: int | None = None  # samples per rank and forward; None = the rank's whole share
     gradient_clipping: float = 1.0  # 0 = off
     offload_optimizer: bool = False
+    checkpoint_blocks: Literal["none", "all"] | tuple[int, ...] = "none"  # blocks that recompute their activations
+    loss_chunk: int | None = None  # targets whose logits exist at once; None = all of a micro batch
+    compile: bool = False  # torch.compile every block
     collective_timeout_s: int = 600
     deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys that override the generated ones
 
     def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}; it is a number of ranks, at least 1")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(f"parallel.loss_chunk is {self.loss_chunk}; it is at least 1 target, or null for all")
         if self.gradient_clipping < 0:
             raise ValueError(f"parallel.gradient_clipping is {self.gradient_clipping}; it is a norm, or 0 for none")
         if self.collective_timeout_s < 1:

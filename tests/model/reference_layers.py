@@ -83,7 +83,8 @@ def experts(p, name, x, moe):
     total = sum(scores[expert] for expert in chosen) if moe.renormalise else 1.0
     y = swiglu(p, f"{name}.shared", x) if moe.shared else torch.zeros_like(x)
     for expert in chosen:
-        y = y + scores[expert] / total * swiglu_of(p[f"{name}.gate_up"][expert], p[f"{name}.down"][expert], x)
+        gate_up = torch.cat((p[f"{name}.experts.gate"][expert], p[f"{name}.experts.up"][expert]))
+        y = y + scores[expert] / total * swiglu_of(gate_up, p[f"{name}.experts.down"][expert], x)
     return y
 
 

@@ -5,7 +5,8 @@ import torch
 from reference_layers import experts, swiglu
 from torch import nn
 
-from onetrain.model.ffn import SparseFFN, SwiGLU
+from onetrain.model.ffn import SwiGLU
+from onetrain.model.moe import SparseFFN
 from onetrain.model.options import ModelOptions, MoEOptions
 
 
