@@ -90,16 +90,17 @@ class Meter:
         return report
 
     def _means(self, weight: float) -> dict[str, float]:
-        """The loss function's statistics by their names in the log."""
+        """The loss function's weighted sums by their names in the log."""
         names = {
             "level_loss": "loss_level_{}",
             "level_hits": "accuracy_level_{}",
             "mtp_loss": "loss_mtp_{}",
             "contrastive_loss": "loss_contrastive",
             "contrastive_hits": "accuracy_contrastive",
+            "router_loss": "loss_router",
         }
         means = {}
-        for key in self._results[0].stats:
+        for key in [key for key in names if key in self._results[0].stats]:
             total = torch.stack([result.stats[key] for result in self._results]).sum(0) / weight
             for index, value in enumerate(total.flatten().tolist()):
                 means[names[key].format(index + 1 if key == "mtp_loss" else index)] = value
