@@ -4,9 +4,11 @@ import copy
 import difflib
 from typing import Any
 
+from onetrain.model.options import ModelOptions
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
+from onetrain.parallel.support import check_mix
 
 OWNED = {
     "train_batch_size": "parallel.global_batch_size",
@@ -15,6 +17,8 @@ OWNED = {
     "managed_gradient_accumulation": "parallel.micro_batch_size",
     "gradient_clipping": "parallel.gradient_clipping",
     "gradient_allreduce_op": "nothing: the loss is normalised by the global sum of weights",
+    "expert_parallel": "parallel.expert_parallel",
+    "tensor_parallel": "parallel.tensor_parallel",
     "optimizer": "the optimizer section",
     "scheduler": "optimizer.schedule",
     "fp16": "parallel.precision",
@@ -51,15 +55,14 @@ OPEN = (
 MAX_BUCKET = 50_000_000  # elements of a reduction bucket; DeepSpeed's default of 5e8 allocates 2 GB for any model
 
 
-def check_options(options: ParallelOptions, world_size: int) -> Mesh:
-    """How the global batch is spread over `world_size` ranks; needs no model, so that it can come first.
+def check_options(options: ParallelOptions, world_size: int, model: ModelOptions | None = None) -> Mesh:
+    """The mesh of `world_size` ranks; builds nothing, so that it can come first. With `model` that is checked too.
 
-    Raises ParallelError for a batch that cannot be spread, for options that do not go together, and for an override
-    that is unknown or that another option owns.
+    Raises ParallelError for options that do not go together, for degrees and a batch that do not fit, and for an
+    override that is unknown or that another option owns.
     """
-    mesh = Mesh.plan(world_size, options)
-    if options.offload_optimizer and options.zero_stage == 0:
-        raise ParallelError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0.")
+    check_mix(options, model)
+    mesh = Mesh.plan(world_size, options, model)
     _check_overrides(options.deepspeed)
     return mesh
 

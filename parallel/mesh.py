@@ -1,58 +1,216 @@
-"""The mesh: how many ranks do what, validated once. Today every rank is a data-parallel replica."""
+"""The mesh: which ranks share what, and how a global batch is spread over them. Validated once, before anything starts.
 
-from dataclasses import dataclass
+A rank's place is rank = (data rank * context_parallel + context rank) * tensor_parallel + tensor rank, so that tensor
+groups, which talk most, are neighbours. Expert groups are consecutive data ranks, as DeepSpeed's AutoEP makes them.
+"""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+from onetrain.model.options import ModelOptions
 from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.mesh_picture import draw
 from onetrain.parallel.options import ParallelOptions
+
+GroupKind = Literal["tensor", "context", "data", "expert", "expert_data"]
+GROUP_KINDS: tuple[GroupKind, ...] = get_args(GroupKind)
+SEARCHED = 20_000  # numbers looked at, on either side, for one that works
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How one global batch is spread: `data_parallel` ranks, each running `accumulation_steps` micro batches."""
+    """How many ranks do what.
 
+    Every one of `data_parallel` replicas (of `tensor_parallel * context_parallel` ranks each) runs `accumulation_steps`
+    micro batches of its own samples; `expert_parallel` of them share the routed experts.
+    """
+
+    world_size: int
+    tensor_parallel: int
+    context_parallel: int
+    expert_parallel: int
     data_parallel: int
-    samples_per_rank: int
+    samples_per_rank: int  # of one data rank and optimizer step
     micro_batch_size: int
     accumulation_steps: int
 
     @classmethod
-    def plan(cls, world_size: int, options: ParallelOptions) -> "Mesh":
-        """Spreads `global_batch_size` over `world_size` ranks.
+    def plan(cls, world_size: int, options: ParallelOptions, model: ModelOptions | None = None) -> "Mesh":
+        """Places `world_size` ranks, and spreads `global_batch_size` over the data ranks.
 
-        Raises ParallelError, naming the nearest numbers that work, when it does not divide evenly, and for precision
-        and ZeRO stage that do not go together.
+        With `model` its heads and experts are held against the degrees too. Raises ParallelError, naming the nearest
+        numbers that work, where something does not divide evenly.
         """
-        if options.precision == "bf16" and options.zero_stage == 0:
-            raise ParallelError(
-                "parallel.precision bf16 needs fp32 master weights, which ZeRO stage 0 does not keep: "
-                "set parallel.zero_stage to 1 (or 2, 3), or parallel.precision to fp32."
+        wish = _Wish(
+            world_size,
+            options.tensor_parallel,
+            options.context_parallel,
+            options.expert_parallel,
+            options.global_batch_size,
+            options.micro_batch_size,
+        )
+        problem = _problem(wish, model)
+        if problem is not None:
+            raise ParallelError(_told(wish, model, problem))
+        data = wish.data_parallel
+        share = wish.global_batch_size // data
+        micro = share if wish.micro_batch_size is None else wish.micro_batch_size
+        return cls(
+            world_size,
+            wish.tensor_parallel,
+            wish.context_parallel,
+            wish.expert_parallel,
+            data,
+            share,
+            micro,
+            share // micro,
+        )
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the `data_parallel` shares of the batch a rank works on."""
+        return rank // (self.tensor_parallel * self.context_parallel)
+
+    def groups(self, kind: GroupKind) -> list[list[int]]:
+        """All groups of one kind; together they hold every rank once.
+
+        tensor: share every layer. context: share a history. data: hold the same slice of the model and train different
+        samples. expert: those of a data group that share the experts. expert_data: those of a data group that hold the
+        same experts.
+        """
+        data, context, tensor = (range(n) for n in (self.data_parallel, self.context_parallel, self.tensor_parallel))
+
+        def at(d: int, c: int, t: int) -> int:
+            return (d * self.context_parallel + c) * self.tensor_parallel + t
+
+        if kind == "tensor":
+            return [[at(d, c, t) for t in tensor] for d in data for c in context]
+        if kind == "context":
+            return [[at(d, c, t) for c in context] for d in data for t in tensor]
+        replicas = [[at(d, c, t) for d in data] for c in context for t in tensor]
+        if kind == "data":
+            return replicas
+        size = self.expert_parallel
+        if kind == "expert":
+            return [group[i : i + size] for group in replicas for i in range(0, len(group), size)]
+        return [group[i::size] for group in replicas for i in range(size)]
+
+    def picture(self) -> str:
+        """Ranks and groups as a grid of plain text, at most 100 columns wide."""
+        return draw(
+            data=self.data_parallel,
+            context=self.context_parallel,
+            tensor=self.tensor_parallel,
+            expert=self.expert_parallel,
+        )
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """The numbers that a mesh is planned from."""
+
+    world_size: int
+    tensor_parallel: int
+    context_parallel: int
+    expert_parallel: int
+    global_batch_size: int
+    micro_batch_size: int | None
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.tensor_parallel * self.context_parallel)
+
+    @property
+    def ranks(self) -> str:
+        """The ranks that share the batch, in words."""
+        if self.data_parallel == self.world_size:
+            return f"{self.world_size} ranks"
+        degrees = self.tensor_parallel * self.context_parallel
+        return f"{self.data_parallel} data ranks ({self.world_size} ranks, {degrees} a replica)"
+
+
+class _Problem(NamedTuple):
+    """The first rule that a wish breaks."""
+
+    rule: int  # later rules are looked at only where this one holds
+    text: str
+    numbers: tuple[str, ...]  # those of the wish that could be changed; `text` begins with the first
+    besides: str = ""  # another way out
+
+
+def _problem(wish: _Wish, model: ModelOptions | None) -> _Problem | None:
+    """The first rule that is broken, if any. Cheap: numbers that work are found by trying."""
+    experts, tensor = wish.expert_parallel, wish.tensor_parallel
+    if model is not None:
+        if experts > 1 and model.moe.experts == 0:
+            text = f"parallel.expert_parallel {experts} needs experts, and the model has none"
+            return _Problem(0, text, ("expert_parallel",), "give it some with model.moe.experts")
+        if experts > max(model.moe.experts, 1):
+            text = (
+                f"parallel.expert_parallel {experts} is more than the {model.moe.experts} experts of model.moe.experts"
             )
-        total = options.global_batch_size
-        if total < 1 or total % world_size:
-            sizes = sorted({max(total // world_size, 1) * world_size, (total // world_size + 1) * world_size})
-            worlds = _nearest_divisors(max(total, 1), world_size)
-            raise ParallelError(
-                f"parallel.global_batch_size {total} cannot be spread evenly over {world_size} ranks: set it to "
-                f"{_either(sizes)}, or run with {_either(worlds)} ranks."
-            )
-        share = total // world_size
-        micro = share if options.micro_batch_size is None else options.micro_batch_size
-        if micro < 1 or share % micro:
-            raise ParallelError(
-                f"parallel.micro_batch_size {micro} does not divide a rank's share of {share} samples "
-                f"(global_batch_size {total} over {world_size} ranks): "
-                f"set it to {_either(_nearest_divisors(share, micro))}."
-            )
-        return cls(world_size, share, micro, share // micro)
+            return _Problem(1, text, ("expert_parallel",))
+        if model.n_heads % tensor:
+            text = f"parallel.tensor_parallel {tensor} does not divide the {model.n_heads} heads of model.n_heads"
+            return _Problem(2, text, ("tensor_parallel",))
+    degrees = [name for name in ("tensor_parallel", "context_parallel") if getattr(wish, name) > 1]
+    needed = tensor * wish.context_parallel
+    if wish.world_size < 1:
+        return _Problem(3, f"a mesh of {wish.world_size} ranks cannot be", ("world_size",))
+    if wish.world_size % needed:
+        named = " x ".join(f"{name} {getattr(wish, name)}" for name in degrees)
+        text = f"parallel.{named} needs a multiple of {needed} ranks, and there are {wish.world_size}"
+        return _Problem(3, text, (*degrees, "world_size"))
+    data, total = wish.data_parallel, wish.global_batch_size
+    if data % experts:
+        text = f"parallel.expert_parallel {experts} does not divide the {wish.ranks}"
+        return _Problem(4, text, ("expert_parallel", "world_size"))
+    if total < 1 or total % data:
+        text = f"parallel.global_batch_size {total} cannot be spread evenly over {wish.ranks}"
+        return _Problem(5, text, ("global_batch_size", "world_size"))
+    share, micro = total // data, wish.micro_batch_size
+    if micro is not None and (micro < 1 or share % micro):
+        text = (
+            f"parallel.micro_batch_size {micro} does not divide a rank's share of {share} samples "
+            f"(global_batch_size {total} over {wish.ranks})"
+        )
+        return _Problem(6, text, ("micro_batch_size",))
+    return None
 
 
-def _nearest_divisors(number: int, wanted: int) -> list[int]:
-    """The divisors of `number` next to `wanted`, below and above."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wanted][-1:]
-    above = [n for n in divisors if n > wanted][:1]
-    return below + above
+def _told(wish: _Wish, model: ModelOptions | None, problem: _Problem) -> str:
+    """The problem, and the nearest numbers with which every rule holds; failing these, at least its own rule."""
+
+    def all_rules(changed: _Wish) -> bool:
+        return _problem(changed, model) is None
+
+    def this_rule(changed: _Wish) -> bool:
+        left = _problem(changed, model)
+        return left is None or left.rule > problem.rule
+
+    ways = _ways(wish, problem, all_rules) or _ways(wish, problem, this_rule)
+    if problem.besides:
+        ways.append(problem.besides)
+    return f"{problem.text}: {', or '.join(ways)}." if ways else f"{problem.text}."
 
 
-def _either(numbers: list[int]) -> str:
-    return " or ".join(str(number) for number in numbers)
+def _ways(wish: _Wish, problem: _Problem, works: Callable[[_Wish], bool]) -> list[str]:
+    """Ways out, in words: for each number of the problem its nearest values, below and above, that work."""
+    ways = []
+    for name in problem.numbers:
+        wanted = getattr(wish, name)
+        down, up = range(min(wanted - 1, SEARCHED), 0, -1), range(max(wanted, 0) + 1, max(wanted, 0) + SEARCHED)
+        if wanted > SEARCHED:
+            down = range(wanted - 1, wanted - SEARCHED, -1)
+        found = [n for side in (down, up) for n in _first(side, lambda n, name=name: works(replace(wish, **{name: n})))]
+        if found:
+            numbers = " or ".join(map(str, found))
+            verb = "run with {} ranks" if name == "world_size" else "set it to {}"
+            if name not in ("world_size", problem.numbers[0]):
+                verb = f"set parallel.{name} to {{}}"
+            ways.append(verb.format(numbers))
+    return ways
+
+
+def _first(numbers: Iterable[int], works: Callable[[int], bool]) -> list[int]:
+    return next(([n] for n in numbers if works(n)), [])
