@@ -104,7 +104,7 @@ class Evaluator:
             metrics = ranking_metrics(rank_BT, distinct_targets(item_BT, real_BT), options.ks)
             predictions = model(context, targets)
             loss_BT = real_BT.double()
-            loss_BT[real_BT] = cross_entropies(predictions.logits, predictions.codes_ML).mean(0).double()
+            loss_BT[real_BT] = cross_entropies(predictions)[0].mean(0).double()
             return {**metrics, **beam_faults(beams), "loss": loss_BT.sum(1) / real_BT.sum(1)}
 
         return rank

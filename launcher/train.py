@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from onetrain.data.batch import Batch
 from onetrain.data.order import GlobalOrder
@@ -28,12 +28,12 @@ from onetrain.launcher.options import RunConfig
 from onetrain.launcher.resume import check_model, check_order, sample_order
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.decoder import SidDecoder
-from onetrain.model.loss import training_loss
+from onetrain.model.loss import LossParts, training_loss
 from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.engine import Engine
-from onetrain.parallel.process_group import Ranks
+from onetrain.parallel.process_group import Ranks, all_reduce_max
 
 
 def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = False) -> dict[str, float]:
@@ -44,7 +44,7 @@ def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = F
     """
     ranks = process_group.start(config.parallel.collective_timeout_s)
     try:
-        check_options(config.parallel, ranks.world_size)  # before data are read and a model is built
+        check_options(config.parallel, ranks.world_size, config.model)  # before data are read and a model is built
         set_numerics(config)
         with _Run(config, ranks, overfit) as run:
             return run.train(min(config.train.steps, stop_after or config.train.steps))
@@ -87,9 +87,7 @@ class _Run:
         for step in self._steps(last_step):
             with self.meter.step(step):
                 torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.ranks.rank))
-                result = self.engine.train_step(
-                    step.micro_batches, partial(loss_of_batch, device=self.ranks.device), lambda batch: batch.weight
-                )
+                result = self.engine.train_step(step.micro_batches, self._loss_of(step), lambda batch: batch.weight)
             self.cursor = step.cursor
             number, final = self.engine.step, self.engine.step == last_step
             self.meter.add(result)
@@ -113,6 +111,13 @@ class _Run:
         (only,) = self.stream.steps(1, 0)
         for _ in range(count):
             yield replace(only, waited_s=0.0)  # built once
+
+    def _loss_of(self, step: Step) -> partial[LossParts]:
+        chunk, most_targets = self.config.parallel.loss_chunk, 0
+        if chunk is not None and self.config.parallel.zero_stage == 3:  # ranks gather the heads for every chunk
+            own = max(int((batch.weight_BT > 0).sum()) for batch in step.micro_batches)
+            most_targets = int(all_reduce_max(own, self.ranks))
+        return partial(loss_of_batch, device=self.ranks.device, chunk=chunk, most_targets=most_targets)
 
     def _stream(self) -> TrainingStream:
         index = SampleIndex(self.data.reader, "train", self.config.batch)
@@ -218,10 +223,12 @@ class _Run:
             print_message(message)
 
 
-def loss_of_batch(module: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_of_batch(
+    module: nn.Module, batch: Batch, device: torch.device, chunk: int | None = None, most_targets: int = 0
+) -> LossParts:
     """Weighted loss sum, weight sum and weighted sums of statistics of one micro batch."""
     predictions = module(*model_inputs(batch, device))
-    return training_loss(predictions, as_decoder(module).options)
+    return training_loss(predictions, as_decoder(module).options, chunk, most_targets)
 
 
 def parameter_size(parameter: nn.Parameter) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from onetrain.model.attention import OutputGate
 from onetrain.model.features import TimeMLP, table_rows
@@ -30,14 +31,33 @@ class Contrast(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Teacher-forced logits of the targets that count, and what they are to predict."""
+    """Teacher-forced states of the targets that count, the heads that turn them into logits, and what they predict.
 
-    logits: list[Tensor]  # per level (M, V)
+    Logits are made when they are asked for: those of all levels are the largest tensors of a training step, and
+    training needs only a few targets' at once.
+    """
+
+    states: list[Tensor]  # per level (M, D)
     codes_ML: Tensor
     weight_M: Tensor
-    mtp_logits: list[list[Tensor]]  # of MTP module k = 1, 2, ...: its levels k..L-1, each (M, V)
+    mtp_states: list[list[Tensor]]  # of MTP module k = 1, 2, ...: of its levels k..L-1, each (M, D)
     contrast: Contrast | None
-    routing: RoutingSummary | None = None  # of the sparse blocks, with losses per target
+    routing: RoutingSummary | None  # of the sparse blocks, with losses per target
+    tokens: "SidTokens"
+    request: Mapping[str, Tensor]  # features (M,) of the moment
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Per level (M, V)."""
+        return self._logits(self.states, 0)
+
+    @property
+    def mtp_logits(self) -> list[list[Tensor]]:
+        """Of MTP module k = 1, 2, ...: of its levels k..L-1, each (M, V)."""
+        return [self._logits(states, depth) for depth, states in enumerate(self.mtp_states, 1)]
+
+    def _logits(self, states: list[Tensor], first: int) -> list[Tensor]:
+        return [self.tokens.logits(h_MD, level, self.request) for level, h_MD in enumerate(states, first)]
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,17 @@ class TargetLayout:
         return slots if self.index_M is None else slots.index_select(0, self.index_M)
 
 
+class Criterion(nn.Module):
+    """Cross-entropy of every target, and whether its code has the best logit. Tensor parallelism, whose ranks hold the
+    logits of different codes, puts its own in the place of `SidTokens.criterion`.
+    """
+
+    def forward(self, logits_MV: Tensor, codes_M: Tensor) -> tuple[Tensor, Tensor]:
+        """(M,) each: the loss in fp32 at least, and the hit, bool."""
+        wide_MV = logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
+        return F.cross_entropy(wide_MV, codes_M, reduction="none"), logits_MV.argmax(-1) == codes_M
+
+
 class SidTokens(nn.Module):
     """[BOS, s_1 .. s_L] to vectors and vectors back to logits: tables and untied, position-specific heads per level.
 
@@ -93,6 +124,7 @@ class SidTokens(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(d, codes, bias=False) for codes in vocabulary.codes)
         biased = vocabulary.codes if options.scenario_head_bias else ()
         self.head_biases = nn.ModuleList(nn.Embedding(scenarios, codes) for codes in biased)
+        self.criterion = Criterion()
 
     def embed(self, codes_MS: Tensor, request: Mapping[str, Tensor]) -> Tensor:
         """[BOS, s_1 .. s_S] of requests with these features (M,) to (M, S + 1, D)."""
@@ -114,6 +146,10 @@ class SidTokens(nn.Module):
         if self.head_biases:
             logits_MV = logits_MV + self.head_biases[level](request["scenario"])
         return logits_MV
+
+    def losses(self, h_MD: Tensor, codes_M: Tensor, level: int, request: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropies and hits (M,) of one level; training sees logits nowhere else."""
+        return self.criterion(self.logits(h_MD, level, request), codes_M)
 
 
 class SidDecoder(nn.Module, ABC):

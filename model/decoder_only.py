@@ -15,7 +15,7 @@ from onetrain.model.block import SelfBlock
 from onetrain.model.context import NEVER, ContextProcessor
 from onetrain.model.decoder import Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
-from onetrain.model.moe import routing_summary
+from onetrain.model.moe import note_padding, routing_summary
 from onetrain.model.options import ModelOptions, Vocabulary
 
 
@@ -54,18 +54,21 @@ class DecoderOnly(SidDecoder):
         of_context_BPX = nn.functional.pad(_causal(index_BP), (0, slots * levels))
         h_BXD = self.input_dropout(torch.cat((x_BPD, tokens_MSD.reshape(rows, -1, x_BPD.shape[-1])), dim=1))
         mask_B1XX = torch.cat((of_context_BPX, mask_BQX), dim=1)[:, None]
+        counts_BQ = (targets.weight_BT > 0).repeat_interleave(levels, dim=1)
+        note_padding(self, torch.cat((index_BP != NEVER, counts_BQ), dim=1))
         for block in self.blocks:
             h_BXD, _ = block(h_BXD, mask_B1XX)
         h_MSD = layout.pick(h_BXD[:, positions:].unflatten(1, (slots, levels)))
         request = {name: layout.pick(ids_BT) for name, ids_BT in targets.request.items()}
-        logits = [self.tokens.logits(h_MSD[:, level], level, request) for level in range(levels)]
         routing = routing_summary(self, by_position=False)
         if routing is not None and routing.loss_R is not None:  # a target's row
             routing = routing._replace(loss_R=layout.pick(routing.loss_R[:, None].expand(-1, slots)))
-        return Predictions(logits, layout.pick(targets.sid_BTL), layout.pick(targets.weight_BT), [], None, routing)
+        codes_ML, weight_M = layout.pick(targets.sid_BTL), layout.pick(targets.weight_BT)
+        return Predictions(list(h_MSD.unbind(1)), codes_ML, weight_M, [], None, routing, self.tokens, request)
 
     def start(self, context: Context, request: Mapping[str, Tensor]) -> BeamState:
         """Run the context through every block and keep its keys and values."""
+        note_padding(self, None)  # nothing reads the records
         x_BPD, index_BP = self.context(context)
         mask_B1PP = _causal(index_BP)[:, None]
         caches = []

@@ -65,7 +65,7 @@ class LazyDecoder(SidDecoder):
         inputs_MS = codes_ML if self.item_tower is not None else codes_ML[:, :-1]
         tokens_MSD = self.tokens.embed(inputs_MS, request)
         h_MSD, caches = self.run_blocks(tokens_MSD, memory.kv, mask_BTP, layout)
-        logits = [self.tokens.logits(h_MSD[:, level], level, request) for level in range(levels)]
+        states = list(h_MSD[:, :levels].unbind(1))
         contrast = None
         if self.item_tower is not None and self.state_norm is not None:
             assert targets.log_q_BT is not None
@@ -76,14 +76,15 @@ class LazyDecoder(SidDecoder):
                 item["item"],
                 layout.pick(targets.log_q_BT),
             )
-        mtp_logits = []
+        mtp_states = []
         bos = self._bos(caches[0])
         for depth, module in enumerate(self.mtp, 1):  # state of slot j and code of level j + depth - 1
             slots = levels - depth
             code_MSD = tokens_MSD[:, depth : depth + slots]  # slot 0 of the tokens is BOS
             h_MSD = module(h_MSD[:, :slots], code_MSD, self.blocks[0], memory.kv[0], mask_BTP, layout, bos)
-            mtp_logits.append([self.tokens.logits(h_MSD[:, j], depth + j, request) for j in range(slots)])
-        return Predictions(logits, codes_ML, weight_M, mtp_logits, contrast, routing_summary(self, by_position=True))
+            mtp_states.append(list(h_MSD.unbind(1)))
+        routing = routing_summary(self, by_position=True)
+        return Predictions(states, codes_ML, weight_M, mtp_states, contrast, routing, self.tokens, request)
 
     def remember(self, context: Context) -> Memory:
         """Process the context: once per request, whatever the number of targets or beams."""

@@ -1,14 +1,14 @@
 """Losses: next-token (OneRec-V2, section 3), multi-token (OneLive, section 4), contrastive (OneMall, section 4).
 
-Legend: M targets, L SID levels, V codes per level.
+Legend: M targets, C of them in one piece, L SID levels, D width.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from onetrain.model.decoder import Contrast, Predictions
 from onetrain.model.options import ContrastiveOptions, ModelOptions
@@ -22,35 +22,43 @@ class LossParts(NamedTuple):
     stats: dict[str, Tensor]  # detached weighted sums
 
 
-def cross_entropies(logits: Sequence[Tensor], codes_ML: Tensor) -> Tensor:
-    """Cross-entropy (L, M) of every target at each level, in fp32 at least; the mean over levels is L_Gen."""
-    return torch.stack(
-        [
-            F.cross_entropy(_wide(logits_MV), codes_ML[:, level], reduction="none")
-            for level, logits_MV in enumerate(logits)
-        ]
-    )
+def cross_entropies(predictions: Predictions, module: int = 0, pieces: int | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropies and hits of every target at the levels of MTP module `module`, (L - module, M) each; 0 is the
+    main stack, whose mean over levels is L_Gen.
+
+    With `pieces` the targets are cut into so many parts, and only one part of one level has logits at any time: they
+    are thrown away, and made again in the backward pass.
+    """
+    states = predictions.mtp_states[module - 1] if module else predictions.states
+    of_levels = [_level(predictions, h_MD, level, pieces) for level, h_MD in enumerate(states, module)]
+    losses, hits = zip(*of_levels, strict=True)
+    return torch.stack(losses), torch.stack(hits)
 
 
-def training_loss(predictions: Predictions, options: ModelOptions) -> LossParts:
+def training_loss(
+    predictions: Predictions, options: ModelOptions, chunk: int | None = None, most_targets: int = 0
+) -> LossParts:
     """Of each target the mean over levels of the next-token loss, plus w_k times that of every MTP module, plus the
     contrastive loss times its weight, plus the routers' auxiliary losses; times the target's weight and summed.
 
     The papers' MTP loss sums over the levels that a module predicts; here both it and the main loss are divided by L
     (OneRec-V2's mean), which leaves their ratio as published. With M = 0 the loss is 0, still differentiable.
+
+    Args: `chunk`: targets whose logits exist at once, None for all; `most_targets`: where ranks gather a head before
+    each use (ZeRO-3), the most targets of any rank, so that all of them use it equally often.
     """
-    logits, codes_ML, weight_M, mtp_logits, contrast, routing = predictions
+    codes_ML, contrast, routing = predictions.codes_ML, predictions.contrast, predictions.routing
     levels = codes_ML.shape[1]
-    entropy_LM = cross_entropies(logits, codes_ML)
-    weight_M = weight_M.to(entropy_LM.dtype)
+    pieces = None if chunk is None else max(-(-max(len(codes_ML), most_targets) // chunk), 1)
+    entropy_LM, hit_LM = cross_entropies(predictions, pieces=pieces)
+    weight_M = predictions.weight_M.to(entropy_LM.dtype)
     level_loss_L = entropy_LM @ weight_M
-    hits = [((logits_MV.argmax(-1) == codes_ML[:, level]) * weight_M).sum() for level, logits_MV in enumerate(logits)]
     loss = level_loss_L.sum() / levels
-    stats = {"level_loss": level_loss_L.detach(), "level_hits": torch.stack(hits).detach()}
-    if mtp_logits:
+    stats = {"level_loss": level_loss_L.detach(), "level_hits": (hit_LM * weight_M).sum(1)}
+    if predictions.mtp_states:
         modules = [
-            (cross_entropies(of_module, codes_ML[:, depth:]) @ weight_M).sum() / (levels - depth)
-            for depth, of_module in enumerate(mtp_logits, 1)
+            (cross_entropies(predictions, depth, pieces)[0] @ weight_M).sum() / (levels - depth)
+            for depth in range(1, len(predictions.mtp_states) + 1)
         ]
         for depth, module_loss in enumerate(modules, 1):
             loss = loss + options.mtp.decay**depth * module_loss * (levels - depth) / levels
@@ -87,6 +95,29 @@ def contrastive_loss(contrast: Contrast, options: ContrastiveOptions) -> tuple[T
     own_M = torch.arange(targets, device=score_MM.device)
     loss_M = F.cross_entropy(score_MM, own_M, reduction="none") if targets else score_MM.sum(1)
     return loss_M, (score_MM.argmax(1) == own_M).detach() if targets else own_M.bool()
+
+
+def _level(predictions: Predictions, h_MD: Tensor, level: int, pieces: int | None) -> tuple[Tensor, Tensor]:
+    tokens, codes_M, request = predictions.tokens, predictions.codes_ML[:, level], predictions.request
+    if pieces is None:
+        return tokens.losses(h_MD, codes_M, level, request)
+    cut = {name: ids_M.tensor_split(pieces) for name, ids_M in request.items()}
+    parts = [
+        checkpoint(
+            tokens.losses,
+            h_CD,
+            codes_C,
+            level,
+            {name: ids[index] for name, ids in cut.items()},
+            use_reentrant=False,
+            preserve_rng_state=False,  # heads have no dropout
+        )
+        for index, (h_CD, codes_C) in enumerate(
+            zip(h_MD.tensor_split(pieces), codes_M.tensor_split(pieces), strict=True)
+        )
+    ]
+    losses, hits = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(hits)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -78,6 +78,15 @@ def all_reduce_sum(values: list[float], ranks: Ranks) -> list[float]:
     return total.tolist()
 
 
+def all_reduce_max(value: float, ranks: Ranks) -> float:
+    """The largest value of any rank, in float64."""
+    if ranks.world_size == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def broadcast_object(value: Any, ranks: Ranks) -> Any:
     """Rank 0's value, on every rank."""
     if ranks.world_size == 1:

@@ -2,12 +2,27 @@ import math
 
 import pytest
 import torch
+from decoder_cases import random_context, random_model, random_targets, variant
 from reference_decoder import Outputs
 from reference_loss import training_loss as reference_loss
 
-from onetrain.model.decoder import Contrast, Predictions
+from onetrain.model.decoder import Contrast, Criterion, Predictions
 from onetrain.model.loss import cross_entropies, training_loss
 from onetrain.model.options import ContrastiveOptions, ModelOptions, MTPOptions
+
+
+class LogitsAsStates(torch.nn.Module):
+    """Heads that return the states: a test makes the logits itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.criterion = Criterion()
+
+    def logits(self, h_MD, level, request):
+        return h_MD
+
+    def losses(self, h_MD, codes_M, level, request):
+        return self.criterion(h_MD, codes_M)
 
 
 def random_case(targets, codes, seed, mtp=False, contrastive=False):
@@ -26,17 +41,20 @@ def random_case(targets, codes, seed, mtp=False, contrastive=False):
         torch.rand(targets, generator=g) + 0.1,
         [logits(codes[depth:]) for depth in range(1, len(codes))] if mtp else [],
         contrast,
+        None,
+        LogitsAsStates(),
+        {},
     )
 
 
 def cut(predictions, part):
     """The targets `part` of predictions without a contrastive side."""
-    return Predictions(
-        [level[part] for level in predictions.logits],
-        predictions.codes_ML[part],
-        predictions.weight_M[part],
-        [[level[part] for level in of_module] for of_module in predictions.mtp_logits],
-        None,
+    return predictions._replace(
+        states=[level[part] for level in predictions.states],
+        codes_ML=predictions.codes_ML[part],
+        weight_M=predictions.weight_M[part],
+        mtp_states=[[level[part] for level in of_module] for of_module in predictions.mtp_states],
+        contrast=None,
     )
 
 
@@ -44,7 +62,7 @@ def cut(predictions, part):
 @pytest.mark.parametrize("seed", range(3))
 def test_weighted_mean_over_levels_and_its_gradient(codes, seed):
     predictions = random_case(7, codes, seed)
-    logits, codes_ML, weight_M, _, _ = predictions
+    logits, codes_ML, weight_M = predictions.logits, predictions.codes_ML, predictions.weight_M
     parts = training_loss(predictions, ModelOptions())
     level_loss, hits, entropies = [0.0] * len(codes), [0.0] * len(codes), []
     for m in range(7):
@@ -60,7 +78,7 @@ def test_weighted_mean_over_levels_and_its_gradient(codes, seed):
     assert parts.stats.keys() == {"level_loss", "level_hits"}
     assert parts.stats["level_loss"].tolist() == pytest.approx(level_loss, rel=1e-5)
     assert parts.stats["level_hits"].tolist() == pytest.approx(hits, rel=1e-5)
-    assert cross_entropies(logits, codes_ML).T.flatten().tolist() == pytest.approx(entropies, rel=1e-4)
+    assert cross_entropies(predictions)[0].T.flatten().tolist() == pytest.approx(entropies, rel=1e-4)
     parts.loss.backward()
     for level, logits_MV in enumerate(logits):
         one_hot = torch.nn.functional.one_hot(codes_ML[:, level], codes[level])
@@ -98,7 +116,8 @@ def test_all_losses_together_equal_loops(codes, decay):
         assert gradient.any()
     means = []  # of a module: over the levels that it predicts
     for depth, of_module in enumerate(predictions.mtp_logits, 1):
-        entropies = cross_entropies(of_module, predictions.codes_ML[:, depth:])
+        pairs = zip(of_module, predictions.codes_ML.T[depth:], strict=True)
+        entropies = torch.stack([torch.nn.functional.cross_entropy(*pair, reduction="none") for pair in pairs])
         means.append(float((entropies.mean(0) * predictions.weight_M).sum().detach()))
     assert parts.stats["mtp_loss"].tolist() == pytest.approx(means, rel=1e-5)
 
@@ -119,14 +138,70 @@ def test_parts_of_uneven_batches_add_up(mtp):
 def test_losses_of_half_precision_logits_are_in_fp32():
     predictions = random_case(7, (5, 4, 6), 0, mtp=True, contrastive=True)
     half = predictions._replace(
-        logits=[level.bfloat16() for level in predictions.logits],
-        mtp_logits=[[level.bfloat16() for level in of_module] for of_module in predictions.mtp_logits],
+        states=[level.bfloat16() for level in predictions.states],
+        mtp_states=[[level.bfloat16() for level in of_module] for of_module in predictions.mtp_states],
     )
     options = ModelOptions(mtp=MTPOptions(True), contrastive=ContrastiveOptions(1.0))
     parts = training_loss(half, options)
     assert parts.loss.dtype == torch.float32
     wide = half._replace(
-        logits=[level.float() for level in half.logits],
-        mtp_logits=[[level.float() for level in of_module] for of_module in half.mtp_logits],
+        states=[level.float() for level in half.states],
+        mtp_states=[[level.float() for level in of_module] for of_module in half.mtp_states],
     )
     torch.testing.assert_close(parts.loss, training_loss(wide, options).loss, rtol=1e-6, atol=1e-6)
+
+
+CHUNKED = ["onerec_v2_experts", "mtp_contrastive_experts", "onelive", "onemall"]
+
+
+def loss_and_gradients(model, context, targets, **chunks):
+    model.zero_grad()
+    parts = training_loss(model(context, targets), model.options, **chunks)
+    parts.loss.backward()
+    return parts, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize(("chunk", "most_targets"), [(1, 0), (3, 0), (4, 30), (100, 0)])
+def test_chunks_change_neither_loss_nor_gradients(name, chunk, most_targets):
+    """Of one target, uneven ones, more of them than this rank has targets, and one of all."""
+    options, vocab = variant(name)
+    model = random_model(options, vocab)
+    inputs = random_context(vocab, 4), random_targets(vocab, 4, 3)
+    whole, gradients = loss_and_gradients(model, *inputs)
+    parts, chunked = loss_and_gradients(model, *inputs, chunk=chunk, most_targets=most_targets)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-12, atol=0)
+    assert parts.stats.keys() == whole.stats.keys()
+    for key, stat in whole.stats.items():
+        torch.testing.assert_close(parts.stats[key], stat, rtol=1e-12, atol=0)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(chunked[key], gradient, rtol=1e-10, atol=1e-13)
+    assert gradients["tokens.heads.2.weight"].any()
+
+
+def test_no_more_targets_than_a_chunk_have_logits_at_once():
+    """Both while the loss is computed and while its gradient is."""
+    options, vocab = variant("onelive")
+    model = random_model(options, vocab)
+    rows = []
+    model.tokens.criterion.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    predictions = model(random_context(vocab, 4), random_targets(vocab, 4, 3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        loss = training_loss(predictions, options, chunk=3).loss
+    targets = len(predictions.codes_ML)
+    assert max(rows) <= 3
+    assert sum(rows) == 6 * targets  # three levels, and the modules' two and one
+    assert not [shape for shape in kept if shape and shape[-1] in vocab.codes and len(shape) == 2]
+    loss.backward()
+    assert max(rows) <= 3
+    assert sum(rows) == 2 * 6 * targets
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_batch_without_targets_costs_nothing_but_has_a_gradient(chunk):
+    predictions = random_case(0, (5, 4, 6), 0, mtp=True)
+    parts = training_loss(predictions, ModelOptions(mtp=MTPOptions(True)), chunk)
+    parts.loss.backward()
+    assert parts.loss == 0
+    assert all(logits_MV.grad is not None for logits_MV in predictions.states)

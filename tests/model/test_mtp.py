@@ -101,10 +101,9 @@ def test_main_and_module_losses_are_the_only_parts_of_the_gradient():
     predictions = model(context, targets)
     parameters, weight_M = dict(model.named_parameters()), predictions.weight_M.double()
     total = gradients(training_loss(predictions, model.options).loss, parameters)
-    plain = gradients(training_loss(predictions._replace(mtp_logits=[]), model.options).loss, parameters)
+    plain = gradients(training_loss(predictions._replace(mtp_states=[]), model.options).loss, parameters)
     modules = [
-        gradients((cross_entropies(logits, predictions.codes_ML[:, depth:]) @ weight_M).sum() / 4, parameters)
-        for depth, logits in enumerate(predictions.mtp_logits, 1)
+        gradients((cross_entropies(predictions, depth)[0] @ weight_M).sum() / 4, parameters) for depth in (1, 2, 3)
     ]
     for name, gradient in total.items():
         expected = plain[name] + sum(0.4**depth * part[name] for depth, part in enumerate(modules, 1))
