@@ -84,6 +84,7 @@ class CrossAttention(nn.Module):
         self.gate = OutputGate(options) if options.output_gate else None
         self.q_norm = nn.RMSNorm(options.d_head, eps=options.norm_eps) if options.qk_norm else None
         self.k_norm = nn.RMSNorm(options.d_head, eps=options.norm_eps) if options.qk_norm and projected else None
+        self.own_groups = nn.Identity()  # under tensor parallelism: those that this rank's heads read
 
     def project(self, context_BPD: Tensor) -> KeyValue:
         """Keys and values of the context, (B, G, P, K) each; only for projected_kv."""
@@ -92,7 +93,8 @@ class CrossAttention(nn.Module):
         key_BGPK = split_heads(self.key(context_BPD), self.groups)
         if self.k_norm is not None:
             key_BGPK = self.k_norm(key_BGPK)
-        return KeyValue(key_BGPK, split_heads(self.value(context_BPD), self.groups))
+        value_BGPK = split_heads(self.value(context_BPD), self.groups)
+        return KeyValue(self.own_groups(key_BGPK), self.own_groups(value_BGPK))
 
     def forward(self, x_BQD: Tensor, kv: KeyValue, mask_BQP: Tensor) -> Tensor:
         """Attend where `mask_BQP` is true; every query sees at least one position. Returns (B, Q, D)."""

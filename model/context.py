@@ -115,6 +115,7 @@ class ContextProcessor(nn.Module):
         self.value_norms = nn.ModuleList(
             nn.RMSNorm(chunk, eps=options.norm_eps) for _ in range(sets if options.s_kv == 2 else 0)
         )
+        self.own_groups = nn.Identity()  # under tensor parallelism: those that this rank's heads read
 
     def forward(self, context: Context) -> Positions:
         """Returns the static position and those of every pathway, in order.
@@ -149,8 +150,8 @@ class ContextProcessor(nn.Module):
         sets = []
         for layer, norm in enumerate(self.key_norms):
             first = layer * options.s_kv
-            key = value = split_heads(norm(chunks[first]), options.kv_groups)
+            key = value = self.own_groups(split_heads(norm(chunks[first]), options.kv_groups))
             if self.value_norms:
-                value = split_heads(self.value_norms[layer](chunks[first + 1]), options.kv_groups)
+                value = self.own_groups(split_heads(self.value_norms[layer](chunks[first + 1]), options.kv_groups))
             sets.append(for_attention(KeyValue(key, value)))
         return sets

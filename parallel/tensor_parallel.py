@@ -1,0 +1,224 @@
+"""Tensor parallelism: a decoder's attention, FFNs, tables and heads cut over the ranks of a group, from outside.
+
+What is cut (megatron-core's layers, in place of the whole ones):
+
+- attention by query heads: queries, self-attention's keys and values, the output gate by columns, the output by rows.
+  Projected context keys and values by KV groups where the degree divides them, else every rank makes all of them and
+  reads its heads' groups, as it does of the shared key/value sets. Gains of QK-norm are whole: their gradients are added.
+- dense FFNs of blocks, encoder and MTP modules by hidden units; shared and routed experts are refused.
+- heads and scenario biases by codes, with a vocab-parallel cross-entropy; tables of `MIN_ROWS` rows and more by rows.
+
+Sizes that the degree does not divide are padded; only the query heads must be a multiple of it. All else is whole and
+alike on every rank: norms, the context's projections, Query-Formers, item tower, the fusion of MTP modules, positions,
+BOS and small tables. So ranks of a group must read the same samples and draw the same dropout masks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from onetrain.model.attention import CrossAttention, SelfAttention
+from onetrain.model.contrastive import ItemTower
+from onetrain.model.decoder import SidDecoder, SidTokens
+from onetrain.model.features import EventFeatures, FeatureTables
+from onetrain.model.ffn import SwiGLU
+from onetrain.model.options import ModelOptions
+from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.megatron_groups import ModelParallelUnit
+from onetrain.parallel.placement import PADDING, Placement
+
+MIN_ROWS = 1024  # of a table that is cut: each look-up in one costs an all-reduce
+
+
+def check(options: ModelOptions, tensor_parallel: int) -> None:
+    """Raises ParallelError where that many ranks cannot share the layers of such a model; names the degrees that can."""
+    if tensor_parallel == 1:
+        return
+    if options.moe.experts:
+        raise ParallelError(
+            f"parallel.tensor_parallel {tensor_parallel} does not go with sparse blocks (model.moe.experts "
+            f"{options.moe.experts}): set parallel.tensor_parallel 1 and share the experts by parallel.expert_parallel."
+        )
+    if options.n_heads % tensor_parallel:
+        legal = ", ".join(str(degree) for degree in degrees(options))
+        raise ParallelError(
+            f"parallel.tensor_parallel {tensor_parallel} does not divide model.n_heads {options.n_heads}: a rank needs "
+            f"whole heads. Legal degrees are {legal}."
+        )
+
+
+def degrees(options: ModelOptions) -> list[int]:
+    """The degrees of tensor parallelism that a model allows."""
+    if options.moe.experts:
+        return [1]
+    return [degree for degree in range(1, options.n_heads + 1) if options.n_heads % degree == 0]
+
+
+def apply(model: SidDecoder, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) -> dict[str, Placement]:
+    """Changes `model`, whole and on any device, to this rank's part of it; every rank of the group takes part.
+
+    Before that all of them get the weights of the group's first rank. Parameters keep their names. Returns for each of
+    them where it lies in the whole model's. Parameters that are cut have `tensor_model_parallel` set, by which
+    DeepSpeed knows that their gradients' squares add up. Raises ParallelError as `check` does.
+    """
+    check(model.options, unit.tensor.size())
+    for parameter in model.parameters():
+        _broadcast(parameter, unit.tensor)
+    cutter = _Cutter(model, unit.tensor)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SelfAttention | CrossAttention):
+            cutter.attention(path, module)
+    for path in _ffns(model):
+        cutter.column(f"{path}.gate_up", runs=2)
+        cutter.row(f"{path}.down")
+    for path in _tables(model):
+        if model.get_submodule(path).num_embeddings >= min_rows:
+            cutter.table(path)
+    cutter.tokens("tokens", model.tokens)
+    cutter.shared_sets(model)
+    return cutter.placements
+
+
+def grad_norm(parameters: list[nn.Parameter], unit: ModelParallelUnit) -> Tensor:
+    """L2 norm of the gradients of a model whose parts these are, equal on all ranks of the group."""
+    counted = [p.grad for p in parameters if p.grad is not None and (_is_cut(p) or unit.tensor.rank() == 0)]
+    square = nn.utils.get_total_norm(counted).square().to(parameters[0].device)
+    dist.all_reduce(square, group=unit.tensor)
+    return square.sqrt()
+
+
+class _Cutter:
+    """Replaces layers of `model` by this rank's part of them, and keeps account of where the part lies."""
+
+    def __init__(self, model: SidDecoder, group: dist.ProcessGroup) -> None:
+        from onetrain.parallel import megatron_layers  # late: megatron-core takes seconds to import
+
+        self.layers = megatron_layers
+        self.model, self.group = model, group
+        self.rank, self.ranks = group.rank(), group.size()
+        self.placements = {name: Placement(name) for name, _ in model.named_parameters()}
+
+    def attention(self, path: str, module: SelfAttention | CrossAttention) -> None:
+        """Query heads are this rank's share; their number is `n_heads` of the module."""
+        heads = module.n_heads
+        module.n_heads = heads // self.ranks
+        norms = ["q_norm", "k_norm"]
+        if isinstance(module, SelfAttention):
+            self.column(f"{path}.qkv", runs=3)
+        else:
+            self.column(f"{path}.query")
+            if module.key is not None:
+                norms = self._context_keys(path, module, heads)
+        for name in norms:
+            norm = getattr(module, name)
+            if norm is not None:
+                setattr(module, name, self.layers.SharedGain(norm, self.group))
+        if module.gate is not None:
+            self.column(f"{path}.gate.score")
+        self.row(f"{path}.out")
+
+    def _context_keys(self, path: str, module: CrossAttention, heads: int) -> list[str]:
+        """Returns the norms that are of this rank's heads only."""
+        if module.groups % self.ranks:
+            module.own_groups = self.layers.OwnGroups(heads, module.groups, self.group)
+            return ["q_norm"]
+        module.groups //= self.ranks
+        self.column(f"{path}.key")
+        self.column(f"{path}.value")
+        return ["q_norm", "k_norm"]
+
+    def shared_sets(self, model: SidDecoder) -> None:
+        """Key/value sets that are no block's own: every rank makes them whole."""
+        context = model.get_submodule("context")
+        if len(context.key_norms):
+            options = model.options
+            context.own_groups = self.layers.OwnGroups(options.n_heads, options.kv_groups, self.group)
+
+    def column(self, path: str, runs: int = 1) -> None:
+        """Output features, which are so many equal runs: of each a share."""
+        whole = self._linear(path)
+        weight = self._cut(f"{path}.weight", whole.weight, 0, runs)
+        bias = None if whole.bias is None else self._cut(f"{path}.bias", whole.bias, 0, runs)
+        self._replace(path, self.layers.Column(whole, weight, bias, self.group))
+
+    def row(self, path: str) -> None:
+        """Input features."""
+        whole = self._linear(path)
+        self._replace(path, self.layers.Row(whole, self._cut(f"{path}.weight", whole.weight, 1), self.group))
+
+    def table(self, path: str) -> None:
+        """Rows of an embedding table."""
+        whole = self.model.get_submodule(path)
+        assert isinstance(whole, nn.Embedding)
+        self._replace(path, self.layers.Table(whole, self._cut(f"{path}.weight", whole.weight, 0), self.group))
+
+    def tokens(self, path: str, tokens: SidTokens) -> None:
+        """Heads, their biases, and the criterion of logits that are cut."""
+        for level in range(len(tokens.heads)):
+            name = f"{path}.heads.{level}"
+            whole = self._linear(name)
+            weight = self._cut(f"{name}.weight", whole.weight, 0)
+            placement = self.placements[f"{name}.weight"]
+            self._replace(name, self.layers.Head(whole, weight, placement, self.group))
+        for level, bias in enumerate(tokens.head_biases):
+            name = f"{path}.head_biases.{level}.weight"
+            assert isinstance(bias, nn.Embedding)
+            bias.weight = nn.Parameter(self._cut(name, bias.weight, 1), bias.weight.requires_grad)
+            bias.embedding_dim = bias.weight.shape[1]
+            self._mark(bias, name)
+        tokens.criterion = self.layers.VocabParallelCriterion(self.group)
+
+    def _linear(self, path: str) -> nn.Linear:
+        module = self.model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def _cut(self, name: str, whole: Tensor, dim: int, runs: int = 1) -> Tensor:
+        size = whole.shape[dim]
+        length = size // runs
+        share = -(-length // self.ranks)
+        index = torch.arange(self.rank * share, (self.rank + 1) * share)
+        index = torch.cat([torch.where(index < length, run * length + index, PADDING) for run in range(runs)])
+        placement = self.placements[name] = Placement(name, dim, index, size)
+        return placement.cut(whole.detach())
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        self.model.set_submodule(path, module)
+        for name, _ in module.named_parameters():
+            self._mark(module, f"{path}.{name}")
+
+    def _mark(self, module: nn.Module, path: str) -> None:
+        parameter = module.get_parameter(path.rpartition(".")[2])
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.partition_dim = self.placements[path].dim  # type: ignore[attr-defined]
+
+
+def _ffns(model: SidDecoder) -> Iterator[str]:
+    """Paths of the FFNs of blocks, encoder and MTP modules; those of Query-Formers are small and stay whole."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SwiGLU) and path.startswith(("blocks.", "encoder.", "mtp.")):
+            yield path
+
+
+def _tables(model: SidDecoder) -> Iterator[str]:
+    """Paths of all tables of ids: features, codes of events and items, codes of targets."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, FeatureTables):
+            yield from (f"{path}.tables.{name}" for name in module.tables)
+        elif isinstance(module, EventFeatures | ItemTower):
+            yield from (f"{path}.sid_tables.{level}" for level in range(len(module.sid_tables)))
+        elif isinstance(module, SidTokens):
+            yield from (f"{path}.code_embeddings.{level}" for level in range(len(module.code_embeddings)))
+
+
+def _is_cut(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+def _broadcast(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
+    on_gpu = dist.get_backend(group) == "nccl" and parameter.device.type == "cpu"
+    value = parameter.data.cuda() if on_gpu else parameter.data.contiguous()
+    dist.broadcast(value, dist.get_global_rank(group, 0), group)
+    parameter.data.copy_(value)
