@@ -3,6 +3,7 @@ where it runs; `onetrain debug`, the Ray worker group and torchrun all call it.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,6 +34,7 @@ from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.engine import Engine
+from onetrain.parallel.optimizer_state import canonical_shapes
 from onetrain.parallel.process_group import Ranks, all_reduce_max
 
 
@@ -63,6 +65,7 @@ class _Run:
         self.builder = self.data.builder(config)  # refuses features and pathways that the data lack
         model = build_model(config, self.data)
         self.engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
+        self.data_rank = self.engine.mesh.data_rank(ranks.rank)
         self.cursor = 0
         self._restore()
         self.best = load_best(self.folder) if self.engine.step > 0 else None
@@ -86,7 +89,7 @@ class _Run:
             self._say(f"nothing left to do: {self.engine.step} steps are done, and {last_step} were asked for")
         for step in self._steps(last_step):
             with self.meter.step(step):
-                torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.ranks.rank))
+                torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.data_rank))
                 result = self.engine.train_step(step.micro_batches, self._loss_of(step), lambda batch: batch.weight)
             self.cursor = step.cursor
             number, final = self.engine.step, self.engine.step == last_step
@@ -128,8 +131,8 @@ class _Run:
             builder=self.builder,
             global_batch_size=self.config.parallel.global_batch_size,
             micro_batches=mesh.accumulation_steps,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=self.data_rank,
+            world_size=mesh.data_parallel,
         )
 
     def _restore(self) -> None:
@@ -162,7 +165,7 @@ class _Run:
             save_config(self.config, self.folder / "config.yaml")
             details = {**environment(), "world_size": self.ranks.world_size, **self.data.fingerprints()}
             (self.folder / "environment.json").write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
-        parameters = sum(parameter_size(parameter) for parameter in self.engine.module.parameters())
+        parameters = sum(math.prod(shape) for shape in canonical_shapes(self.engine).values())
         self._say(
             f"{self.config.name}: {parameters:,} parameters, {len(self.stream.index):,} training samples, "
             f"{self.ranks.world_size} rank(s) on {self.ranks.device.type}, ZeRO {self.config.parallel.zero_stage}, "
@@ -231,13 +234,8 @@ def loss_of_batch(
     return training_loss(predictions, as_decoder(module).options, chunk, most_targets)
 
 
-def parameter_size(parameter: nn.Parameter) -> int:
-    """Elements of a whole parameter, also where ZeRO-3 has left only a part of it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout of every step and rank has its own seed, so that a resumed run needs no saved generator."""
+    """Dropout of every step and data rank has its own seed, so that a resumed run needs no saved generator."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}/{rank}".encode())
 
 

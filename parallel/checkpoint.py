@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import ParallelError
-from onetrain.parallel.optimizer_state import MOMENTS, VALUE, gather, scatter, shapes
+from onetrain.parallel.optimizer_state import MOMENTS, VALUE, canonical_shapes, gather, scatter
 from onetrain.parallel.process_group import raise_together
 
 FORMAT = 1
@@ -164,7 +164,7 @@ def _checked_header(engine: Engine, folder: Path) -> dict[str, Any]:
         header = _read_header(folder)
         if engine.ranks.is_main:
             _check_files(folder, header)
-        _check_shapes(folder, shapes(engine), engine.module)
+        _check_shapes(folder, canonical_shapes(engine), engine.module)
     except ParallelError as failure:
         error = str(failure)
     raise_together(error, engine.ranks)

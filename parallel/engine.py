@@ -4,6 +4,7 @@ Gradients are the sum over ranks and accumulation steps of each micro batch's lo
 that uneven batches equal one process. The optimizer is torch's own; ZeRO partitions its state.
 """
 
+import copy
 import io
 import math
 import warnings
@@ -11,17 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onetrain.model.moe import balanced_bias, routers
+from onetrain.model.options import ModelOptions
+from onetrain.parallel import expert_parallel
 from onetrain.parallel.deepspeed_config import deepspeed_config
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 from onetrain.parallel.param_groups import learning_rate_factor, parameter_groups
+from onetrain.parallel.placement import Placement
 from onetrain.parallel.process_group import Ranks, all_reduce_sum
 
 Batch = TypeVar("Batch")
@@ -55,15 +60,21 @@ class Engine:
         `total_steps` is where the learning rate schedule ends. Raises ParallelError for options that cannot work.
         """
         self.module = model
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.options = parallel_options
         self.optimizer_options = optimizer_options
         self.ranks = ranks
         self.total_steps = total_steps
-        self.mesh = Mesh.plan(ranks.world_size, parallel_options)
+        model_options = getattr(model, "options", None)
+        self.mesh = Mesh.plan(ranks.world_size, parallel_options, model_options)
         self.step = 0
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         config = deepspeed_config(parallel_options, ranks.world_size, n_parameters)
+        self._skeleton = _on_meta(model)  # what the model was, to build it whole for evaluation
+        shares_experts = self.mesh.expert_parallel > 1
+        if shares_experts:
+            assert isinstance(model_options, ModelOptions)  # else Mesh.plan has refused
+            expert_parallel.prepare(model, self.mesh.expert_parallel)
+            config["expert_parallel"] = expert_parallel.deepspeed_section(model_options.moe, self.mesh.expert_parallel)
 
         import deepspeed  # late: it reads DS_ACCELERATOR, which process_group.start sets
         from deepspeed.utils import groups
@@ -71,12 +82,32 @@ class Engine:
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
         model.to(ranks.device)
-        self.optimizer = _torch_optimizer(model, optimizer_options)
+        biases = [router.e_score_correction_bias for router in routers(model)]
+        experts_group = expert_parallel.group_name(self.mesh.expert_parallel) if shares_experts else None
+        self.optimizer = _torch_optimizer(model, optimizer_options, experts_group)
         with redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self.deepspeed, *_ = deepspeed.initialize(
                 model=_LossModule(model), optimizer=self.optimizer, config=config, dist_init_required=False
             )
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout_s), groups._get_data_parallel_group())
+        self.placements: dict[str, Placement] = {}  # of parameters that are not their canonical ones
+        process_groups = [groups._get_data_parallel_group()]
+        if shares_experts:
+            expert_parallel.adopt(model, model_options.moe)
+            self.placements |= expert_parallel.placements(model, model_options.moe)
+            process_groups += [groups._get_expert_parallel_group(experts_group)]
+            process_groups += [groups._get_expert_data_parallel_group(experts_group)]
+        for process_group in process_groups:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout_s), process_group)
+        for router, bias_E in zip(routers(model), biases, strict=True):
+            # fp32 also in a bf16 model, whose steps would swallow the bias's small ones
+            router.e_score_correction_bias = bias_E[: len(router.e_score_correction_bias)].float()
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.expert_names = {name for name, p in model.named_parameters() if not getattr(p, "allreduce", True)}
+        if self.placements and len(self.trainable) < sum(1 for _ in model.parameters()):
+            raise ParallelError(
+                "Frozen parameters cannot be shared over ranks: set parallel.expert_parallel and "
+                "parallel.tensor_parallel to 1, or leave requires_grad on."
+            )
         self.zero_stage: int = parallel_options.zero_stage
         # One rank has nothing to reduce: spares copying every gradient into a bucket and back.
         self.deepspeed.enable_backward_allreduce = ranks.world_size > 1 or self.zero_stage > 0
@@ -103,8 +134,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-        (weight,) = all_reduce_sum([float(sum(weight_fn(batch) for batch in micro_batches))], self.ranks)
-        scale = self.ranks.world_size / weight if weight > 0 else 0.0  # DeepSpeed averages over ranks
+        replicas = self.ranks.world_size // self.mesh.data_parallel  # ranks that read the same samples
+        (weight,) = all_reduce_sum([float(sum(weight_fn(batch) for batch in micro_batches)) / replicas], self.ranks)
+        scale = self.mesh.data_parallel / weight if weight > 0 else 0.0  # DeepSpeed averages over data-parallel ranks
         sums = _Sums()
         for position, batch in enumerate(micro_batches, start=1):
             loss_sum, weight_sum, stats = self.deepspeed(lambda module, batch=batch: loss_fn(module, batch))
@@ -118,28 +150,30 @@ class Engine:
             if position < len(micro_batches):
                 self.deepspeed.step()  # no update yet: DeepSpeed counts micro batches
 
-        loss_total, weight_total, stats_total = sums.reduced(self.ranks)
+        loss_total, weight_total, stats_total = sums.reduced(self.ranks, replicas)
         loss = loss_total / weight if weight > 0 else 0.0
         self._check_finite(loss, "loss")
         if not math.isclose(weight_total, weight, rel_tol=1e-5, abs_tol=1e-6):
             raise ParallelError(f"Step {self.step}: loss_fn counted weight {weight_total}, weight_fn {weight}.")
         grad_norm = self._update()
+        if "expert_load" in stats_total:
+            self._balance_experts(stats_total["expert_load"].sum(1))
         self.step += 1
         return StepResult(loss, weight, grad_norm, self.optimizer_options.learning_rate * factor, stats_total)
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
-        """The module with all its parameters on every rank, to evaluate with; every rank must enter it.
+        """The whole model on every rank, to evaluate with; every rank must enter it.
 
-        Inside, ranks may run different numbers of forwards. At ZeRO stages 0 to 2 this changes nothing.
+        Inside, ranks may run different numbers of forwards. Where ranks hold parts of the model, this is a copy that is
+        made of them and dropped afterwards; else the module itself.
         """
-        if self.zero_stage < 3:
+        if self.zero_stage < 3 and not self.placements:
             yield self.module
             return
-        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+        from onetrain.parallel.whole_model import whole_model
 
-        with unwrap_model_for_generation(self.deepspeed):
-            yield self.module
+        yield whole_model(self, self._skeleton)
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the module."""
@@ -148,7 +182,7 @@ class Engine:
     def _update(self) -> float:
         """Clips, steps the optimizer and returns the gradient norm before clipping."""
         if self.zero_stage == 0:
-            norm = nn.utils.get_total_norm([_grad(parameter) for parameter in self.trainable])
+            norm = self._total_norm()
             grad_norm = float(norm)
             self._check_finite(grad_norm, "gradient norm")
             clip = self.options.gradient_clipping
@@ -160,6 +194,26 @@ class Engine:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
             self._check_finite(grad_norm, "gradient norm")
         return grad_norm
+
+    def _total_norm(self) -> Tensor:
+        """Of all gradients at ZeRO stage 0: what every rank holds counts once, ranks' own experts add up."""
+        own = [_grad(parameter) for parameter in self.trainable if getattr(parameter, "allreduce", True) is False]
+        same = [_grad(parameter) for parameter in self.trainable if getattr(parameter, "allreduce", True)]
+        square = nn.utils.get_total_norm(same).square()
+        if own:
+            from deepspeed.utils import groups
+
+            own_square = nn.utils.get_total_norm(own).square()
+            experts_group = expert_parallel.group_name(self.mesh.expert_parallel)
+            dist.all_reduce(own_square, group=groups._get_expert_parallel_group(experts_group))
+            square = square + own_square
+        return square.sqrt()
+
+    def _balance_experts(self, load_ZE: Tensor) -> None:
+        """Moves the routers' biases by the global loads of this step, alike on every rank."""
+        for router, load_E in zip(routers(self.module), load_ZE, strict=True):
+            bias_E = router.e_score_correction_bias
+            bias_E.copy_(balanced_bias(bias_E, load_E.to(bias_E.device), router.options.bias_rate))
 
     def _check_finite(self, value: float, name: str) -> None:
         if not math.isfinite(value):
@@ -191,11 +245,12 @@ class _Sums:
             part = torch.as_tensor(value, device=loss_sum.device).detach().double()
             self.parts[name] = self.parts[name] + part if name in self.parts else part
 
-    def reduced(self, ranks: Ranks) -> tuple[float, float, dict[str, Tensor]]:
-        """(loss sum, weight sum, statistics) over all ranks, in one all-reduce."""
+    def reduced(self, ranks: Ranks, replicas: int) -> tuple[float, float, dict[str, Tensor]]:
+        """(loss sum, weight sum, statistics) over all samples, each of which `replicas` ranks have read."""
         flat = torch.cat([part.flatten() for part in self.parts.values()])
         if ranks.world_size > 1:
             dist.all_reduce(flat)
+            flat /= replicas
         sizes = [part.numel() for part in self.parts.values()]
         loss, weight, *stats = flat.cpu().split(sizes)
         names = list(self.parts)[2:]
@@ -209,8 +264,17 @@ def _grad(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _torch_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, options)
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters take no memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _torch_optimizer(model: nn.Module, options: OptimizerOptions, experts_group: str | None) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, options, experts_group)
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate)
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)

@@ -5,16 +5,20 @@ from typing import Any
 
 from torch import nn
 
+from onetrain.model.moe import Experts
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.options import OptimizerOptions
 
 
-def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, options: OptimizerOptions, experts_group: str | None = None
+) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: every trainable parameter in exactly one, in the order of `named_parameters`.
 
     Weight decay is only for `matrices`. `vectors` are norms, biases and other parameters of one dimension; `embeddings`
     are those of nn.Embedding and parameters flagged as positions (`parameter.is_position = True`); the latter have
-    their own learning rate. Each group keeps its peak learning rate as `peak_lr`.
+    their own learning rate. Routed experts are `matrices` in a group of their own where ranks share them: DeepSpeed's
+    process group `experts_group`. Each group keeps its peak learning rate as `peak_lr`.
     Raises ParallelError when nothing is trainable.
     """
     embedding_ids = {
@@ -23,11 +27,16 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[s
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "embeddings": []}
+    expert_ids = {
+        id(parameter) for module in model.modules() if isinstance(module, Experts) for parameter in module.parameters()
+    }
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "embeddings": [], "experts": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in embedding_ids or getattr(parameter, "is_position", False):
+        if id(parameter) in expert_ids and experts_group is not None:
+            members["experts"].append(parameter)
+        elif id(parameter) in embedding_ids or getattr(parameter, "is_position", False):
             members["embeddings"].append(parameter)
         elif parameter.ndim <= 1 or name.endswith("bias"):
             members["vectors"].append(parameter)
@@ -42,7 +51,8 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[s
             "params": parameters,
             "lr": peak_lr[kind],
             "peak_lr": peak_lr[kind],
-            "weight_decay": options.weight_decay if kind == "matrices" else 0.0,
+            "weight_decay": options.weight_decay if kind in ("matrices", "experts") else 0.0,
+            **({"moe": True, "name": experts_group} if kind == "experts" else {}),  # DeepSpeed's words
         }
         for kind, parameters in members.items()
         if parameters

@@ -44,8 +44,13 @@ class Placement:
         full.index_copy_(self.dim, self.index[real], local.index_select(self.dim, real))
 
 
-def block(name: str, dim: int, part: int, parts: int, size: int) -> Placement:
+def block(name: str, part: int, parts: int, size: int, dim: int = 0) -> Placement:
     """The `part`-th of `parts` equal runs of slices, the last ones padded where `parts` does not divide `size`."""
     length = -(-size // parts)
-    index = torch.arange(part * length, (part + 1) * length)
+    return run(name, part * length, length, size, dim)
+
+
+def run(name: str, start: int, length: int, size: int, dim: int = 0) -> Placement:
+    """The `length` slices from `start`; those from `size` on are padding."""
+    index = torch.arange(start, start + length)
     return Placement(name, dim, index.where(index < size, torch.tensor(PADDING)), size)
