@@ -1,8 +1,8 @@
 """Sparse experts in place of a block's FFN, as DeepSeek-V3 routes them (arXiv 2412.19437, sections 2.1.2; OneRec-V2,
 section 2.4): each token runs through its top-k experts and the shared ones, and no token is dropped.
 
-Legend: R rows (targets; for decoder-only, context rows), S tokens per row, M = R * S tokens, E routed experts, K experts
-per token, C = M * K choices, sorted by expert, D width, W hidden width of an expert.
+Legend: R rows (targets; for decoder-only, context rows), S tokens per row, M = R * S tokens, E routed experts,
+K of them for each token, C = M * K choices, sorted by expert, D width, W hidden width of an expert.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,7 @@ class Router(nn.Module):
     """Scores of every expert, and the top k of score + bias."""
 
     e_score_correction_bias: Tensor
+    real_RS: Tensor | None = None  # tokens that are no padding, for the record; None = all
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Router(nn.Module):
     def forward(self, x_RSD: Tensor) -> Routing:
         """The routing of every token; keeps a record of it."""
         logits_RSE = router_logits(x_RSD, self.weight)
-        routing, self.record = route(logits_RSE, self.e_score_correction_bias, self.options)
+        routing, self.record = route(logits_RSE, self.e_score_correction_bias, self.options, self.real_RS)
         return routing
 
 
@@ -101,11 +102,13 @@ def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
     return F.linear(_wide(x), _wide(weight_ED))
 
 
-def route(logits_RSE: Tensor, bias_E: Tensor, options: MoEOptions) -> tuple[Routing, RouterRecord]:
+def route(
+    logits_RSE: Tensor, bias_E: Tensor, options: MoEOptions, real_RS: Tensor | None = None
+) -> tuple[Routing, RouterRecord]:
     """The top k of score + bias, weighted by their scores without the bias (DeepSeek-V3, eq. 12 to 16).
 
     With groups of experts, only those of the best `top_groups` groups are eligible; a group counts as the sum of its
-    two best (biased) scores.
+    two best (biased) scores. Padding, where `real_RS` is false, is routed too, but is no part of the record.
     """
     score_RSE = logits_RSE.sigmoid() if options.score == "sigmoid" else logits_RSE.softmax(-1)
     choice_RSE = score_RSE.detach() + bias_E
@@ -116,8 +119,10 @@ def route(logits_RSE: Tensor, bias_E: Tensor, options: MoEOptions) -> tuple[Rout
     if options.renormalise:
         weight_RSK = weight_RSK / (weight_RSK.sum(-1, keepdim=True) + 1e-20)
     weight_RSK = weight_RSK * options.scale
-    record = _record(logits_RSE, score_RSE, expert_RSK, options)
-    count_E = record.load_SE.sum(0).int()
+    if real_RS is None:
+        real_RS = torch.ones_like(logits_RSE[..., 0], dtype=torch.bool)
+    record = _record(logits_RSE, score_RSE, expert_RSK, real_RS, options)
+    count_E = expert_RSK.flatten().bincount(minlength=len(bias_E)).int()
     return Routing(weight_RSK.flatten(0, 1), expert_RSK.flatten(0, 1), count_E), record
 
 
@@ -132,16 +137,17 @@ def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     """Loss-free balancing: an expert with less than the mean load becomes easier to choose by `rate`, one with more
     harder (DeepSeek-V3, section 2.1.2; megatron-core's get_updated_expert_bias).
     """
-    return bias_E + rate * (load_E.mean() - load_E).sign().to(bias_E.dtype)
+    return bias_E + rate * (load_E.double().mean() - load_E).sign().to(bias_E.dtype)
 
 
 def routing_summary(model: nn.Module, by_position: bool) -> RoutingSummary | None:
-    """The records that the forward pass just done has left in the model's routers; None without experts.
+    """Takes the records that the forward pass just done has left in the model's routers; None without experts.
 
     With `by_position` loads are split by the token's position in its row, else S is 1.
     """
-    records = [router.record for router in routers(model)]
-    known = [record for record in records if record is not None]
+    known = [router.record for router in routers(model) if router.record is not None]
+    for router in routers(model):
+        router.record = None  # its losses would keep the graph alive
     if not known:
         return None
     loads = [record.load_SE if by_position else record.load_SE.sum(0, keepdim=True) for record in known]
@@ -153,6 +159,12 @@ def routing_summary(model: nn.Module, by_position: bool) -> RoutingSummary | Non
 def routers(model: nn.Module) -> list[Router]:
     """The routers of all sparse blocks, in order."""
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def note_padding(model: nn.Module, real_RS: Tensor | None) -> None:
+    """Tells every router which tokens of its next forward passes are no padding; None = all."""
+    for router in routers(model):
+        router.real_RS = real_RS
 
 
 def _grouped_linear(x_CI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
@@ -172,18 +184,23 @@ def _only_best_groups(choice_RSE: Tensor, options: MoEOptions) -> Tensor:
     return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
 
 
-def _record(logits_RSE: Tensor, score_RSE: Tensor, expert_RSK: Tensor, options: MoEOptions) -> RouterRecord:
+def _record(
+    logits_RSE: Tensor, score_RSE: Tensor, expert_RSK: Tensor, real_RS: Tensor, options: MoEOptions
+) -> RouterRecord:
     share_RSE = score_RSE / (score_RSE.sum(-1, keepdim=True) + 1e-20)
     tokens, experts = logits_RSE.shape[1:]
     place_S1 = torch.arange(tokens, device=expert_RSK.device)[:, None] * experts
-    load_SE = (place_S1 + expert_RSK).flatten().bincount(minlength=tokens * experts).view(tokens, experts)
-    entropy = torch.special.entr(share_RSE.detach()).sum()
+    bin_RSK = (place_S1 + expert_RSK).where(real_RS[..., None], tokens * experts)  # padding has a bin of its own
+    load_SE = bin_RSK.flatten().bincount(minlength=tokens * experts + 1)[:-1].view(tokens, experts)
+    entropy = (torch.special.entr(share_RSE.detach()) * real_RS[..., None]).sum()
+    part_RS = real_RS.to(score_RSE.dtype) / real_RS.sum(1, keepdim=True).clamp_min(1)  # of its row's mean
     losses = []
     if options.sequence_loss > 0:  # DeepSeek-V3, eq. 17 to 20
-        chosen_RE = F.one_hot(expert_RSK, experts).sum((1, 2)) * (experts / (options.top_k * tokens))
-        losses.append(options.sequence_loss * (chosen_RE * share_RSE.mean(1)).sum(-1))
+        chosen_RSE = F.one_hot(expert_RSK, experts).sum(2)
+        chosen_RE, share_RE = ((x_RSE * part_RS[..., None]).sum(1) for x_RSE in (chosen_RSE, share_RSE))
+        losses.append(options.sequence_loss * experts / options.top_k * (chosen_RE * share_RE).sum(-1))
     if options.z_loss > 0:  # ST-MoE, eq. 5
-        losses.append(options.z_loss * logits_RSE.logsumexp(-1).square().mean(1))
+        losses.append(options.z_loss * (logits_RSE.logsumexp(-1).square() * part_RS).sum(1))
     return RouterRecord(load_SE, entropy, torch.stack(losses).sum(0) if losses else None)
 
 

@@ -108,7 +108,7 @@ class ParallelRouter(Router):
     def forward(self, x_MD: Tensor, _: Tensor | None = None) -> Routing:  # type: ignore[override]
         """As Router, of rows laid end to end; counts go on over the padding experts."""
         logits_RSE = self.gate(x_MD.unflatten(0, (-1, self.row_length)))
-        routing, self.record = route(logits_RSE, self.e_score_correction_bias, self.options)
+        routing, self.record = route(logits_RSE, self.e_score_correction_bias, self.options, self.real_RS)
         return routing._replace(count_E=nn.functional.pad(routing.count_E, (0, self.padded)))
 
 

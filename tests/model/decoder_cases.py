@@ -11,6 +11,7 @@ from reference_loss import training_loss as reference_loss
 from onetrain.model.build import build
 from onetrain.model.inputs import Context, Events, Targets
 from onetrain.model.loss import training_loss
+from onetrain.model.moe import routers
 from onetrain.model.options import (
     ContrastiveOptions,
     ModelOptions,
@@ -46,6 +47,13 @@ VARIANTS = {
     "onerec_v2_key_and_value": ({"s_kv": 2, "l_kv": 2, "g_kv": 2}, ONE_PATHWAY),
     "onerec_v2_experts": (
         {"l_kv": 2, "n_layers": 3, "moe": MoEOptions(experts=4, top_k=2, shared=1, d_expert=5, first_dense=1)},
+        ONE_PATHWAY,
+    ),
+    "deepseek_v3_routing": (
+        {
+            "n_layers": 3,
+            "moe": MoEOptions(6, 2, 1, 5, 1, scale=2.5, groups=3, top_groups=2, sequence_loss=0.3, z_loss=0.05),
+        },
         ONE_PATHWAY,
     ),
     "onerec_v1_features": (
@@ -168,6 +176,8 @@ def random_model(options, vocab, seed=0, dtype=torch.float64):
                 parameter.mul_(0.3).add_(1)
             else:
                 parameter.mul_(1 / math.sqrt(parameter.shape[-1]))
+        for router in routers(model):
+            router.e_score_correction_bias.normal_(std=0.3)
     return model
 
 
@@ -254,7 +264,7 @@ def check_against_loops(model, context, targets, seed=0):
     parameters = dict(model.named_parameters())
     predictions = model(context, targets)
     slots = real_slots(targets)
-    reference = Reference(parameters, options, vocab)
+    reference = Reference({**parameters, **dict(model.named_buffers())}, options, vocab)
     expected = [reference(moment_of(context, targets, row, slot)) for row, slot in slots]
     assert predictions.codes_ML.tolist() == [targets.sid_BTL[slot].tolist() for slot in slots]
     assert predictions.weight_M.tolist() == [float(targets.weight_BT[slot]) for slot in slots]
@@ -320,7 +330,10 @@ def model_options(draw, architecture="lazy_decoder", pathways=tuple(ONE_PATHWAY)
         heads=st.sampled_from((1, 2)),
         d_ff=st.sampled_from((None, 3)),
     )
-    experts = draw(st.integers(0, 3))
+    experts = draw(st.integers(0, 4))
+    groups = draw(st.sampled_from([n for n in (1, 2, 4) if experts % n == 0]))
+    top_groups = draw(st.integers(1, groups))
+    auxiliary = st.just(0.0) if only else st.sampled_from((0.0, 0.2))
     return ModelOptions(
         architecture=architecture,
         d_model=heads * draw(st.sampled_from((2, 3))),
@@ -357,12 +370,17 @@ def model_options(draw, architecture="lazy_decoder", pathways=tuple(ONE_PATHWAY)
         ),
         moe=MoEOptions(
             experts=experts,
-            top_k=draw(st.integers(1, max(experts, 1))),
+            top_k=draw(st.integers(1, max(top_groups * experts // groups, 1))),
             shared=draw(st.integers(0, 2)),
             d_expert=draw(st.sampled_from((None, 4))),
             first_dense=draw(st.integers(0, layers - 1)),
             score=draw(st.sampled_from(("sigmoid", "softmax"))),
             renormalise=draw(st.booleans()),
+            scale=draw(st.sampled_from((1.0, 2.5))),
+            groups=groups,
+            top_groups=top_groups,
+            sequence_loss=draw(auxiliary),
+            z_loss=draw(auxiliary),
         ),
         norm_eps=draw(st.sampled_from((1e-6, 1e-2))),
     )

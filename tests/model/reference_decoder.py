@@ -16,6 +16,7 @@ from reference_layers import (
     norm_heads,
     query_former,
     rms,
+    router_losses,
     sigmoid,
     silu,
     split,
@@ -31,6 +32,7 @@ class Outputs:
     mtp_logits: list  # of module 1, 2, ...: of its levels
     state: torch.Tensor | None  # contrastive: after the last code
     item: torch.Tensor | None  # contrastive: of the item tower
+    router_loss: torch.Tensor | float = 0.0  # auxiliary losses of all sparse blocks
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Reference:
     def __init__(self, p, options: ModelOptions, vocabulary: Vocabulary):
         self.p, self.options, self.vocabulary = p, options, vocabulary
         self.eps, self.levels = options.norm_eps, len(vocabulary.codes)
+        self.router_loss = 0.0  # of the target at hand
         self.contexts = {}  # (row, end): its positions, which the targets of one request share
 
     def norm(self, name, x):
@@ -182,12 +185,11 @@ class Reference:
         return new
 
     def ffn(self, block, states, sparse=False):
-        new = []
-        for h in states:
-            x = self.norm(f"{block}.ffn_norm", h)
-            sparse_y = experts(self.p, f"{block}.ffn", x, self.options.moe) if sparse else None
-            new.append(h + (sparse_y if sparse else swiglu(self.p, f"{block}.ffn", x)))
-        return new
+        name, inputs = f"{block}.ffn", [self.norm(f"{block}.ffn_norm", h) for h in states]
+        if not sparse:
+            return [h + swiglu(self.p, name, x) for h, x in zip(states, inputs, strict=True)]
+        self.router_loss = self.router_loss + router_losses(self.p, name, inputs, self.options.moe)
+        return [h + experts(self.p, name, x, self.options.moe) for h, x in zip(states, inputs, strict=True)]
 
     def is_sparse(self, block):
         return self.options.moe.experts > 0 and block >= self.options.moe.first_dense
@@ -238,9 +240,12 @@ class Reference:
     # Networks
 
     def __call__(self, moment) -> Outputs:
+        self.router_loss = 0.0
         if self.options.architecture == "decoder_only":
             return self.decoder_only(moment)
-        return self.lazy_decoder(moment)
+        outputs = self.lazy_decoder(moment)
+        outputs.router_loss = self.router_loss
+        return outputs
 
     def decoder_only(self, moment):
         """One causal sequence: what the target sees, then BOS and codes."""

@@ -75,17 +75,54 @@ def swiglu_of(gate_up, down, x):
     return down @ (silu(gate_up[:width] @ x) * (gate_up[width:] @ x))
 
 
+def routing(p, name, x, moe):
+    """(scores of all experts, the chosen ones, their weights) of one token, as DeepSeek-V3 (eq. 12 to 16)."""
+    logits = [(row * x).sum() for row in p[f"{name}.router.weight"]]
+    scores = [sigmoid(logit) for logit in logits] if moe.score == "sigmoid" else softmax(logits)
+    bias = p.get(f"{name}.router.e_score_correction_bias", [0.0] * moe.experts)
+    biased = [float(score.detach()) + float(b) for score, b in zip(scores, bias, strict=True)]
+    size = moe.experts // moe.groups
+    groups = [list(range(start, start + size)) for start in range(0, moe.experts, size)]
+    groups.sort(key=lambda group: -sum(sorted((biased[expert] for expert in group), reverse=True)[:2]))
+    eligible = [expert for group in groups[: moe.top_groups] for expert in group]
+    chosen = sorted(eligible, key=lambda expert: -biased[expert])[: moe.top_k]
+    total = sum(scores[expert] for expert in chosen) if moe.renormalise else 1.0
+    return scores, chosen, [moe.scale * scores[expert] / total for expert in chosen]
+
+
 def experts(p, name, x, moe):
     """The top_k experts of one token, weighted, and the shared experts."""
-    scores = [(row * x).sum() for row in p[f"{name}.router.weight"]]
-    scores = [sigmoid(score) for score in scores] if moe.score == "sigmoid" else softmax(scores)
-    chosen = sorted(range(moe.experts), key=lambda expert: -float(scores[expert].detach()))[: moe.top_k]
-    total = sum(scores[expert] for expert in chosen) if moe.renormalise else 1.0
+    _, chosen, weights = routing(p, name, x, moe)
     y = swiglu(p, f"{name}.shared", x) if moe.shared else torch.zeros_like(x)
-    for expert in chosen:
+    for expert, weight in zip(chosen, weights, strict=True):
         gate_up = torch.cat((p[f"{name}.experts.gate"][expert], p[f"{name}.experts.up"][expert]))
-        y = y + scores[expert] / total * swiglu_of(gate_up, p[f"{name}.experts.down"][expert], x)
+        y = y + weight * swiglu_of(gate_up, p[f"{name}.experts.down"][expert], x)
     return y
+
+
+def sequence_loss(p, name, tokens, moe):
+    """sum over experts of f_i P_i of one row's tokens (DeepSeek-V3, eq. 17 to 20), without its weight."""
+    found, total = [routing(p, name, x, moe) for x in tokens], 0.0
+    for expert in range(moe.experts):
+        f = moe.experts / (moe.top_k * len(tokens)) * sum(expert in chosen for _, chosen, _ in found)
+        total = total + f * sum(scores[expert] / sum(scores) for scores, _, _ in found) / len(tokens)
+    return total
+
+
+def z_loss(p, name, tokens):
+    """Mean over one row's tokens of (log sum exp logits)^2 (ST-MoE, eq. 5), without its weight."""
+    logits = [[(row * x).sum() for row in p[f"{name}.router.weight"]] for x in tokens]
+    return sum(torch.log(sum(torch.exp(logit) for logit in of_token)) ** 2 for of_token in logits) / len(tokens)
+
+
+def router_losses(p, name, tokens, moe):
+    """Both auxiliary losses of one row's tokens, each times its weight."""
+    total = torch.zeros((), dtype=tokens[0].dtype)
+    if moe.sequence_loss:
+        total = total + moe.sequence_loss * sequence_loss(p, name, tokens, moe)
+    if moe.z_loss:
+        total = total + moe.z_loss * z_loss(p, name, tokens)
+    return total
 
 
 def query_former(p, name, sequence, options, eps):

@@ -35,13 +35,15 @@ def contrastive_losses(states, items, item_ids, log_q, options):
 
 
 def training_loss(outputs, codes, weights, item_ids, log_q, options):
-    """Of some targets: sum of weight * (L_main + sum of decay^k L_MTP_k + w L_con); the sums over levels over L."""
+    """Of some targets: sum of weight * (L_main + sum of decay^k L_MTP_k + w L_con + router losses); the sums over
+    levels over L.
+    """
     levels, total = len(codes[0]), 0.0
     for target, output in enumerate(outputs):
         loss = sum(next_token_losses(output.logits, codes[target]))
         for depth, logits in enumerate(output.mtp_logits, 1):
             loss = loss + options.mtp.decay**depth * sum(next_token_losses(logits, codes[target][depth:]))
-        total = total + weights[target] * loss / levels
+        total = total + weights[target] * (loss / levels + output.router_loss)
     if options.contrastive.weight:
         states, items = [output.state for output in outputs], [output.item for output in outputs]
         losses = contrastive_losses(states, items, item_ids, log_q, options.contrastive)

@@ -45,6 +45,7 @@ PUBLISHED = {  # d_model, layers, heads: millions of block parameters (OneRec-V2
         "onerec_v2",
         "onerec_v2_key_and_value",
         "onerec_v2_experts",
+        "deepseek_v3_routing",
         "onerec_v1_features",
         "gate_and_norm_shared_kv",
     ],
@@ -77,7 +78,9 @@ def test_random_options_equal_the_papers_in_loops(options, codes, pathways, rows
     check_random_options(options, pathways, codes, rows, slots, seed)
 
 
-@pytest.mark.parametrize("name", ["onerec_v2_experts", "onemall", "onelive", "mtp_contrastive_experts"])
+@pytest.mark.parametrize(
+    "name", ["onerec_v2_experts", "deepseek_v3_routing", "onemall", "onelive", "mtp_contrastive_experts"]
+)
 def test_a_batch_without_targets_has_no_logits_and_a_gradient_of_zero(name):
     options, vocab = variant(name)
     model = random_model(options, vocab)
