@@ -64,7 +64,7 @@ class LazyDecoder(SidDecoder):
         mask_BTP = memory.index_BP[:, None] < targets.end_BT[..., None]
         inputs_MS = codes_ML if self.item_tower is not None else codes_ML[:, :-1]
         tokens_MSD = self.tokens.embed(inputs_MS, request)
-        h_MSD, caches = self.run_blocks(tokens_MSD, memory.kv, mask_BTP, layout)
+        h_MSD, caches = self.run_blocks(tokens_MSD, memory.kv, mask_BTP, layout, keep=1)
         states = list(h_MSD[:, :levels].unbind(1))
         contrast = None
         if self.item_tower is not None and self.state_norm is not None:
@@ -104,13 +104,17 @@ class LazyDecoder(SidDecoder):
         mask_BTP: Tensor,
         layout: TargetLayout,
         past: Sequence[KeyValue] | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """All blocks, each with its own context keys. Returns hidden states and self-attention caches."""
+        """All blocks, each with its own context keys. Returns hidden states, and the self-attention caches of the first
+        `keep` blocks, by default of all.
+        """
         h_MSD = self.input_dropout(h_MSD)
         caches = []
         for index, block in enumerate(self.blocks):
             h_MSD, present = block(h_MSD, kv[index], mask_BTP, layout, None if past is None else past[index])
-            caches.append(present)
+            if keep is None or index < keep:
+                caches.append(present)
         return h_MSD, caches
 
     def start(self, context: Context, request: Mapping[str, Tensor]) -> BeamState:
@@ -131,8 +135,8 @@ class LazyDecoder(SidDecoder):
             bos = caches[0] if self.options.mtp.attend_bos else None
             h_M1D = self.mtp[level - 1](h_MD[:, None], token_M1D, self.blocks[0], memory.kv[0], mask_BTP, layout, bos)
         else:
-            h_M1D, caches = self.run_blocks(token_M1D, memory.kv, mask_BTP, layout, caches or None)
-            caches = caches[:1] if self.mtp else caches
+            keep = 1 if self.mtp else None
+            h_M1D, caches = self.run_blocks(token_M1D, memory.kv, mask_BTP, layout, caches or None, keep)
         h_MD = h_M1D[:, -1]
         return self.tokens.logits(h_MD, level, request), BeamState(memory, request, caches, h_MD)
 

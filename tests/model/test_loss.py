@@ -184,7 +184,7 @@ def test_no_more_targets_than_a_chunk_have_logits_at_once():
     options, vocab = variant("onelive")
     model = random_model(options, vocab)
     rows = []
-    model.tokens.criterion.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    model.tokens.criterion.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     predictions = model(random_context(vocab, 4), random_targets(vocab, 4, 3))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
