@@ -1,9 +1,10 @@
 """megatron-core's process groups for a mesh whose ranks share layers, and the `mpu` by which DeepSpeed learns of them.
 
-megatron-core is imported when the groups start: it takes seconds, and a run without tensor parallelism needs none of it.
+megatron-core is imported when the groups start: that takes seconds, and a run without tensor parallelism needs none.
 """
 
 import sys
+import warnings
 from typing import Any
 
 import torch.distributed as dist
@@ -20,33 +21,14 @@ class ModelParallelUnit:
 
     def __init__(self, tensor: dist.ProcessGroup, data: dist.ProcessGroup) -> None:
         self.tensor, self.data = tensor, data
-        self.get_model_parallel_group = self.get_tensor_model_parallel_group
-        self.get_model_parallel_rank = self.get_tensor_model_parallel_rank
-        self.get_model_parallel_world_size = self.get_tensor_model_parallel_world_size
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.tensor.rank()
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.tensor.size()
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return dist.get_global_rank(self.tensor, 0)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.data
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.data)
-
-    def get_data_parallel_rank(self) -> int:
-        return self.data.rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.data.size()
+        self.get_tensor_model_parallel_group = self.get_model_parallel_group = lambda: tensor
+        self.get_tensor_model_parallel_rank = self.get_model_parallel_rank = tensor.rank
+        self.get_tensor_model_parallel_world_size = self.get_model_parallel_world_size = tensor.size
+        self.get_tensor_model_parallel_src_rank = lambda: dist.get_global_rank(tensor, 0)
+        self.get_data_parallel_group = lambda: data
+        self.get_data_parallel_group_ranks = lambda: dist.get_process_group_ranks(data)
+        self.get_data_parallel_rank = data.rank
+        self.get_data_parallel_world_size = data.size
 
 
 def start(mesh: Mesh, timeout_s: float) -> ModelParallelUnit:
@@ -54,7 +36,9 @@ def start(mesh: Mesh, timeout_s: float) -> ModelParallelUnit:
 
     `timeout_s` bounds each of their collectives.
     """
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():  # of GPU libraries that it can do without
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
 
     stop()
     parallel_state.initialize_model_parallel(

@@ -42,7 +42,7 @@ class Column(layers.ColumnParallelLinear):
 class Head(Column):
     """The head of one SID level: logits of this rank's codes; those of codes that do not exist are -inf."""
 
-    padding_V: Tensor  # noqa: N815
+    padding_V: Tensor
 
     def __init__(self, whole: nn.Linear, weight: Tensor, placement: Placement, group: dist.ProcessGroup) -> None:
         super().__init__(whole, weight, None, group)
@@ -114,8 +114,8 @@ class SharedGain(nn.RMSNorm):
 class OwnGroups(nn.Module):
     """Of keys or values that every rank has made in full, the groups that this rank's query heads read.
 
-    Query head j of H reads group j * G // H. Where the groups do not fall into equal runs of the rank's heads, each head
-    gets a copy of its own.
+    Query head j of H reads group j * G // H. Where the groups do not fall into equal runs of the rank's heads, each
+    head gets a copy of its own.
     """
 
     def __init__(self, n_heads: int, groups: int, group: dist.ProcessGroup) -> None:
@@ -147,10 +147,11 @@ class VocabParallelCriterion(nn.Module):
         self.group = group
 
     def forward(self, logits_MV: Tensor, codes_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss in fp32 and hit, (M,) each, equal on all ranks; of equal logits the lowest code's is the best."""
+        """Loss (calculated in fp32) and hit, (M,) each, equal on all ranks; of equal logits the lowest code is best."""
         hit_M = self._best(logits_MV.detach()) == codes_M
         own_MV = logits_MV.clone() if logits_MV.dtype == torch.float32 else logits_MV  # else overwritten in there
-        return vocab_parallel_cross_entropy(own_MV, codes_M), hit_M
+        loss_M = vocab_parallel_cross_entropy(own_MV, codes_M)
+        return loss_M.double() if logits_MV.dtype == torch.float64 else loss_M, hit_M
 
     def _best(self, logits_MV: Tensor) -> Tensor:
         own_M, code_M = logits_MV.max(-1)

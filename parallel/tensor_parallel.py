@@ -4,7 +4,7 @@ What is cut (megatron-core's layers, in place of the whole ones):
 
 - attention by query heads: queries, self-attention's keys and values, the output gate by columns, the output by rows.
   Projected context keys and values by KV groups where the degree divides them, else every rank makes all of them and
-  reads its heads' groups, as it does of the shared key/value sets. Gains of QK-norm are whole: their gradients are added.
+  reads its heads' groups, as it does of the shared key/value sets. Gains of QK-norm are whole, their gradients added.
 - dense FFNs of blocks, encoder and MTP modules by hidden units; shared and routed experts are refused.
 - heads and scenario biases by codes, with a vocab-parallel cross-entropy; tables of `MIN_ROWS` rows and more by rows.
 
@@ -33,7 +33,7 @@ MIN_ROWS = 1024  # of a table that is cut: each look-up in one costs an all-redu
 
 
 def check(options: ModelOptions, tensor_parallel: int) -> None:
-    """Raises ParallelError where that many ranks cannot share the layers of such a model; names the degrees that can."""
+    """Raises ParallelError where so many ranks cannot share the layers of such a model; names the degrees that can."""
     if tensor_parallel == 1:
         return
     if options.moe.experts:
