@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from onetrain.launcher.config import load_config, run_folder
-from onetrain.launcher.console import print_error, print_message, print_table, print_warning, progress
+from onetrain.launcher.console import print_error, print_message, print_result, print_table, print_warning, progress
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.report_tables import codebook_rows, preparation_rows
@@ -143,16 +143,19 @@ def train(
         raise ConfigError("--workers and --address start a Ray worker group, but RANK and WORLD_SIZE are already set")
     options = load_config(config, [*(overrides or ()), *_cluster_overrides(workers, address)])
     from onetrain.launcher.train import train as run
+    from onetrain.parallel.deepspeed_config import check_options
 
+    world_size = int(os.environ["WORLD_SIZE"]) if distributed else options.cluster.workers
+    mesh = check_options(options.parallel, world_size, options.model)  # before Ray, or any collective
+    if world_size > 1 and os.environ.get("RANK", "0") == "0":
+        print_message(mesh.picture())
     if distributed:
         result = run(options)
         if os.environ["RANK"] != "0":
             return
     else:
         from onetrain.cluster.worker_group import run_on_workers
-        from onetrain.parallel.deepspeed_config import check_options
 
-        check_options(options.parallel, options.cluster.workers)  # before Ray starts
         threads = options.train.threads_per_worker
         result = run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
     print_table(f"trained {options.name}", ["", "value"], [[name, value] for name, value in result.items()])
@@ -230,6 +233,8 @@ def plan(
     from onetrain.launcher.plan_tables import plan_tables
 
     made = make_plan(options)
+    if made.mesh is not None and made.mesh.world_size > 1:
+        print_result(made.mesh.picture())
     for title, columns, rows, notes in plan_tables(made):
         print_table(title, columns, rows, notes)
     for problem in made.problems:

@@ -46,6 +46,11 @@ def format_value(value: Any) -> str:
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
+def print_result(text: str) -> None:
+    """Lines that belong to the result, on standard output."""
+    _console().print(Text(text), soft_wrap=True)
+
+
 def print_message(message: str) -> None:
     """One line for the user, on standard error."""
     _console(stderr=True).print(Text(message), soft_wrap=True)

@@ -17,6 +17,8 @@ from onetrain.launcher.job import PreparedData, build_model, set_numerics
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.train import loss_of_batch, train
 from onetrain.parallel.deepspeed_config import check_options
+from onetrain.parallel.options import ParallelOptions
+from onetrain.parallel.support import check_mix
 
 CHECKED_SAMPLES = 128
 VALIDATED_USERS = 256
@@ -32,18 +34,31 @@ def debug(config: RunConfig, steps: int, overfit: bool) -> None:
     config = dataclasses.replace(
         config,
         name="debug",
+        parallel=_for_one_rank(config),
         storage_path=str(run_folder(config)),
         train=dataclasses.replace(config.train, log_every=1, steps=max(config.train.steps, steps)),
         evaluation=dataclasses.replace(config.evaluation, max_users=VALIDATED_USERS),
         tracking=dataclasses.replace(config.tracking, wandb="disabled"),
     )
-    check_options(config.parallel, world_size=1)
+    check_options(config.parallel, 1, config.model)
     set_numerics(config)
     check_gradients(config)
     shutil.rmtree(run_folder(config), ignore_errors=True)
     result = train(config, stop_after=steps, overfit=overfit)
     if overfit:
         print_message(f"one batch, {result['step']} steps: loss {result['loss']:.4f}")
+
+
+def _for_one_rank(config: RunConfig) -> ParallelOptions:
+    """The options of a world of one. Raises ParallelError, as training would, for options that do not go together."""
+    check_mix(config.parallel, config.model)
+    degrees = ("tensor_parallel", "context_parallel", "expert_parallel")
+    shared = [
+        f"parallel.{name} {getattr(config.parallel, name)}" for name in degrees if getattr(config.parallel, name) > 1
+    ]
+    if shared:
+        print_message(f"debug runs one rank, which holds the whole model: {', '.join(shared)} play no part")
+    return dataclasses.replace(config.parallel, **dict.fromkeys(degrees, 1))
 
 
 def check_gradients(config: RunConfig) -> None:

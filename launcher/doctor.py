@@ -68,7 +68,7 @@ def checks(config: RunConfig | None = None, quick: bool = False) -> list[Check]:
     found += _folders([Path.cwd()] if config is None else [run_folder(config), Path(config.data.prepared)])
     found.append(_wandb(config.tracking.wandb if config else "auto"))
     if config is not None:
-        found += [_batch(config), _threads(config), *_prepared_data(Path(config.data.prepared), quick)]
+        found += [_mesh(config), _threads(config), *_prepared_data(Path(config.data.prepared), quick)]
     return found
 
 
@@ -243,16 +243,16 @@ def _wandb(mode: str) -> Check:
     return Check("wandb", "ok", "no account: runs are recorded offline (`wandb login` to change that)")
 
 
-def _batch(config: RunConfig) -> Check:
+def _mesh(config: RunConfig) -> Check:
     try:
-        mesh = check_options(config.parallel, config.cluster.workers)
+        mesh = check_options(config.parallel, config.cluster.workers, config.model)
     except ParallelError as error:
-        return Check("batch", "fail", str(error), "change the named options")
+        return Check("mesh", "fail", str(error), "change the named options")
     return Check(
-        "batch",
+        "mesh",
         "ok",
-        f"global batch {config.parallel.global_batch_size} = {mesh.data_parallel} ranks x {mesh.accumulation_steps} "
-        f"micro batches x {mesh.micro_batch_size}",
+        f"{mesh.summary()}; global batch {config.parallel.global_batch_size} = {mesh.data_parallel} data ranks x "
+        f"{mesh.accumulation_steps} micro batches x {mesh.micro_batch_size}",
     )
 
 

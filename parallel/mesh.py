@@ -15,7 +15,7 @@ from onetrain.parallel.options import ParallelOptions
 
 GroupKind = Literal["tensor", "context", "data", "expert", "expert_data"]
 GROUP_KINDS: tuple[GroupKind, ...] = get_args(GroupKind)
-SEARCHED = 20_000  # numbers looked at, on either side, for one that works
+SEARCHED = 1_000  # numbers looked at, on either side, for one that works
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class Mesh:
         if kind == "expert":
             return [group[i : i + size] for group in replicas for i in range(0, len(group), size)]
         return [group[i::size] for group in replicas for i in range(size)]
+
+    def summary(self) -> str:
+        """The degrees in one line."""
+        return self.picture().splitlines()[0]
 
     def picture(self) -> str:
         """Ranks and groups as a grid of plain text, at most 100 columns wide."""
@@ -196,12 +200,19 @@ def _told(wish: _Wish, model: ModelOptions | None, problem: _Problem) -> str:
 
 def _ways(wish: _Wish, problem: _Problem, works: Callable[[_Wish], bool]) -> list[str]:
     """Ways out, in words: for each number of the problem its nearest values, below and above, that work."""
+    model_ranks, micro = wish.tensor_parallel * wish.context_parallel, max(wish.micro_batch_size or 1, 1)
+    steps = {
+        "world_size": model_ranks * wish.expert_parallel,
+        "global_batch_size": max(wish.world_size // model_ranks, 1) * micro,
+    }
     ways = []
     for name in problem.numbers:
-        wanted = getattr(wish, name)
-        down, up = range(min(wanted - 1, SEARCHED), 0, -1), range(max(wanted, 0) + 1, max(wanted, 0) + SEARCHED)
-        if wanted > SEARCHED:
-            down = range(wanted - 1, wanted - SEARCHED, -1)
+        wanted, step = getattr(wish, name), steps.get(name, 1)
+        below, above = (wanted - 1) // step * step, (max(wanted, 0) // step + 1) * step
+        if name not in steps:  # nothing above can work
+            below = min(below, wish.global_batch_size if name == "micro_batch_size" else wish.world_size)
+        down = range(below, 0, -step)[:SEARCHED]
+        up = range(above, above + SEARCHED * step, step)
         found = [n for side in (down, up) for n in _first(side, lambda n, name=name: works(replace(wish, **{name: n})))]
         if found:
             numbers = " or ".join(map(str, found))

@@ -106,11 +106,11 @@ def test_the_sids_of_other_data_are_found(config, tmp_path):
 
 def test_a_world_size_that_does_not_fit(config):
     wrong = replace(config, cluster=ClusterOptions(workers=3), parallel=ParallelOptions(global_batch_size=256))
-    found = named(checks(wrong, quick=True))["batch"]
+    found = named(checks(wrong, quick=True))["mesh"]
     assert found.state == "fail"
     assert "256" in found.detail
     assert "3 ranks" in found.detail
-    assert named(checks(config, quick=True))["batch"].state == "ok"
+    assert named(checks(config, quick=True))["mesh"].state == "ok"
 
 
 def test_too_many_threads_and_gpus(config):
