@@ -209,7 +209,7 @@ def _layout(
 ) -> tuple[Mesh | None, RankMemory | None, tuple[str, ...], tuple[str, ...]]:
     """(mesh, memory of a rank, what does not fit, what would)."""
     try:
-        mesh = check_options(config.parallel, config.cluster.workers)
+        mesh = check_options(config.parallel, config.cluster.workers, config.model)
         memory = rank_memory(config, vocabulary)
     except ParallelError as error:
         return None, None, (str(error),), ()
