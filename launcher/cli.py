@@ -158,7 +158,8 @@ def train(
 
         threads = options.train.threads_per_worker
         result = run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
-    print_table(f"trained {options.name}", ["", "value"], [[name, value] for name, value in result.items()])
+    rows = [[name, value] for name, value in result.items() if name.count("/") < 2]  # not those of single layers
+    print_table(f"trained {options.name}", ["", "value"], rows)
     print_message(f"run folder: {run_folder(options)}")
 
 

@@ -9,18 +9,23 @@ import torch
 
 from onetrain.data.batch import Batch
 from onetrain.data.stream import Step
+from onetrain.launcher.console import print_warning
 from onetrain.launcher.options import RunConfig
+from onetrain.launcher.router_metrics import RouterMetrics
 from onetrain.model.flops import forward_flops
+from onetrain.model.moe import routers
 from onetrain.model.options import Vocabulary
-from onetrain.parallel.engine import StepResult
-from onetrain.parallel.process_group import Ranks, all_reduce_sum
+from onetrain.parallel.engine import Engine, StepResult
+from onetrain.parallel.process_group import all_reduce_sum
 
 
 class Meter:
     """Sums since the last report; `report` is a collective of all ranks."""
 
-    def __init__(self, config: RunConfig, vocabulary: Vocabulary, ranks: Ranks) -> None:
-        self.config, self.vocabulary, self.ranks = config, vocabulary, ranks
+    def __init__(self, config: RunConfig, vocabulary: Vocabulary, engine: Engine) -> None:
+        self.config, self.vocabulary, self.ranks = config, vocabulary, engine.ranks
+        sparse = config.model.moe.experts > 0
+        self.routers = RouterMetrics(config, engine.mesh, routers(engine.module)) if sparse else None
         self.flops = forward_flops(config.model, vocabulary)
         self._begun = time.perf_counter()
         self._first_step_done: float | None = None
@@ -50,6 +55,8 @@ class Meter:
     def add(self, result: StepResult) -> None:
         """The outcome of the step just done."""
         self._results.append(result)
+        if self.routers is not None:
+            self.routers.add(result.stats)
         now = time.perf_counter()
         if self._first_step_done is None:
             self._first_step_done = now  # start-up and warm-up stay out of the estimate
@@ -57,7 +64,7 @@ class Meter:
             self._steps_since_first += 1
 
     def report(self) -> dict[str, float]:
-        """Means since the last report, over all ranks; starts the next interval."""
+        """Means since the last report, over all ranks; starts the next interval. Warns of experts that have died."""
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         names = list(self.vocabulary.pathways)
         local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
@@ -86,6 +93,10 @@ class Meter:
             "padding": sum(self._padding) / len(self._padding),
             "model_gflops_per_s": flops / seconds / 1e9,
         }
+        if self.routers is not None:
+            report |= self.routers.report()
+            if self.routers.alarm is not None and self.ranks.is_main:
+                print_warning(self.routers.alarm)
         self._reset()
         return report
 
@@ -123,9 +134,11 @@ class Meter:
 
     def line(self, step: int, last_step: int, metrics: dict[str, float]) -> str:
         """One line of progress with the time left."""
+        load = metrics.get("experts/load_max")
+        experts = "" if load is None else f"expert load max {load:.2f}  "
         levels = "/".join(f"{metrics[f'accuracy_level_{level}']:.3f}" for level in range(self.vocabulary.levels))
         return (
-            f"step {step}/{last_step}  loss {metrics['loss']:.4f}  accuracy {levels}  "
+            f"step {step}/{last_step}  loss {metrics['loss']:.4f}  accuracy {levels}  {experts}"
             f"{metrics['samples_per_s']:.0f} samples/s  data wait {metrics['data_wait']:.1%}  "
             f"{_duration(self._seconds_left(last_step - step))} left"
         )

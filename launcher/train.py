@@ -71,7 +71,7 @@ class _Run:
         self.best = load_best(self.folder) if self.engine.step > 0 else None
         self.stream = self._stream()
         self.evaluator = Evaluator(self.data, config, "valid")
-        self.meter = Meter(config, self.data.vocabulary(config), ranks)
+        self.meter = Meter(config, self.data.vocabulary(config), self.engine)
         self.tracker = self._start_records()
 
     def __enter__(self) -> "_Run":
