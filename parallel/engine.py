@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onetrain.model.moe import balanced_bias, routers
 from onetrain.model.options import ModelOptions
-from onetrain.parallel import expert_parallel
+from onetrain.parallel import expert_parallel, megatron_groups, tensor_parallel
 from onetrain.parallel.deepspeed_config import deepspeed_config
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
@@ -70,6 +70,12 @@ class Engine:
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         config = deepspeed_config(parallel_options, ranks.world_size, n_parameters)
         self._skeleton = _on_meta(model)  # what the model was, to build it whole for evaluation
+        self.placements: dict[str, Placement] = {}  # of parameters that are not their canonical ones
+        self.unit = None
+        if self.mesh.tensor_parallel > 1:
+            self.unit = megatron_groups.start(self.mesh, ranks.timeout_s)
+            placed = tensor_parallel.apply(model, self.unit)
+            self.placements |= {name: placement for name, placement in placed.items() if placement.dim is not None}
         shares_experts = self.mesh.expert_parallel > 1
         if shares_experts:
             assert isinstance(model_options, ModelOptions)  # else Mesh.plan has refused
@@ -87,9 +93,12 @@ class Engine:
         self.optimizer = _torch_optimizer(model, optimizer_options, experts_group)
         with redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self.deepspeed, *_ = deepspeed.initialize(
-                model=_LossModule(model), optimizer=self.optimizer, config=config, dist_init_required=False
+                model=_LossModule(model),
+                optimizer=self.optimizer,
+                config=config,
+                mpu=self.unit,
+                dist_init_required=False,
             )
-        self.placements: dict[str, Placement] = {}  # of parameters that are not their canonical ones
         process_groups = [groups._get_data_parallel_group()]
         if shares_experts:
             expert_parallel.adopt(model, model_options.moe)
@@ -176,8 +185,10 @@ class Engine:
         yield whole_model(self, self._skeleton)
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the module."""
+        """Takes DeepSpeed's hooks off the module, and leaves the process groups of tensor parallelism."""
         self.deepspeed.destroy()
+        if self.unit is not None:
+            megatron_groups.stop()
 
     def _update(self) -> float:
         """Clips, steps the optimizer and returns the gradient norm before clipping."""
@@ -196,7 +207,9 @@ class Engine:
         return grad_norm
 
     def _total_norm(self) -> Tensor:
-        """Of all gradients at ZeRO stage 0: what every rank holds counts once, ranks' own experts add up."""
+        """Of all gradients at ZeRO stage 0: what every rank holds counts once, ranks' own experts or parts add up."""
+        if self.unit is not None:
+            return tensor_parallel.grad_norm({p: _grad(p) for p in self.trainable}, self.unit)
         own = [_grad(parameter) for parameter in self.trainable if getattr(parameter, "allreduce", True) is False]
         same = [_grad(parameter) for parameter in self.trainable if getattr(parameter, "allreduce", True)]
         square = nn.utils.get_total_norm(same).square()

@@ -13,7 +13,7 @@ alike on every rank: norms, the context's projections, Query-Formers, item tower
 BOS and small tables. So ranks of a group must read the same samples and draw the same dropout masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -56,13 +56,18 @@ def degrees(options: ModelOptions) -> list[int]:
     return [degree for degree in range(1, options.n_heads + 1) if options.n_heads % degree == 0]
 
 
-def apply(model: SidDecoder, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) -> dict[str, Placement]:
+def apply(model: nn.Module, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) -> dict[str, Placement]:
     """Changes `model`, whole and on any device, to this rank's part of it; every rank of the group takes part.
 
     Before that all of them get the weights of the group's first rank. Parameters keep their names. Returns for each of
     them where it lies in the whole model's. Parameters that are cut have `tensor_model_parallel` set, by which
     DeepSpeed knows that their gradients' squares add up. Raises ParallelError as `check` does.
     """
+    if not isinstance(model, SidDecoder):
+        raise ParallelError(
+            f"Tensor parallelism cuts the decoders of onetrain.model, and {type(model).__name__} is none of them: set "
+            "parallel.tensor_parallel to 1."
+        )
     check(model.options, unit.tensor.size())
     for parameter in model.parameters():
         _broadcast(parameter, unit.tensor)
@@ -81,10 +86,10 @@ def apply(model: SidDecoder, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) 
     return cutter.placements
 
 
-def grad_norm(parameters: list[nn.Parameter], unit: ModelParallelUnit) -> Tensor:
-    """L2 norm of the gradients of a model whose parts these are, equal on all ranks of the group."""
-    counted = [p.grad for p in parameters if p.grad is not None and (_is_cut(p) or unit.tensor.rank() == 0)]
-    square = nn.utils.get_total_norm(counted).square().to(parameters[0].device)
+def grad_norm(gradients: Mapping[nn.Parameter, Tensor], unit: ModelParallelUnit) -> Tensor:
+    """L2 norm of all gradients of the whole model, given this rank's part of them; equal on all ranks of the group."""
+    counted = [g for p, g in gradients.items() if _is_cut(p) or unit.tensor.rank() == 0]
+    square = nn.utils.get_total_norm(counted).square()
     dist.all_reduce(square, group=unit.tensor)
     return square.sqrt()
 
