@@ -101,7 +101,8 @@ class RouterMetrics:
         width = 2 if self.parallel.precision == "bf16" else 4
         named = self.parallel.checkpoint_blocks
         blocks = {"none": [], "all": self.layers}[named] if isinstance(named, str) else named
-        recomputed = sum(layer in blocks for layer in self.layers)
+        first = 0 if isinstance(named, str) else self.options.encoder_layers  # the encoder's blocks count first
+        recomputed = sum(first + layer in blocks for layer in self.layers)
         passes = PASSES + RECOMPUTED_PASSES * recomputed / len(self.layers)
         return away * self.options.d_model * width * passes
 

@@ -74,6 +74,25 @@ RULES = (
 )
 
 
+STAGES = (0, 1, 2, 3)
+LAYOUTS = {  # rows of the table
+    "data parallel": Mix(sparse=True),
+    "expert x data parallel": Mix(sparse=True, expert_parallel=True),
+    "tensor x data parallel, dense": Mix(tensor_parallel=True),
+    "tensor x data parallel, with experts": Mix(sparse=True, tensor_parallel=True),
+    "tensor x expert parallel": Mix(sparse=True, tensor_parallel=True, expert_parallel=True),
+    "context parallel": Mix(context_parallel=True),
+}
+ADDITIONS: dict[str, dict[str, object]] = {  # columns; fp32 without the rest stands alone
+    "alone": {},
+    "bf16": {"precision": "bf16"},
+    "offload_optimizer": {"offload_optimizer": True},
+    "checkpoint_blocks": {"checkpoint_blocks": True},
+    "compile": {"compile": True},
+}
+ADDITIONS["all of them"] = {name: value for addition in ADDITIONS.values() for name, value in addition.items()}
+
+
 def refusal(mix: Mix) -> str | None:
     """Why a mix does not work; None when it does."""
     return next((rule.why for rule in RULES if rule.refuses(mix)), None)
@@ -125,9 +144,39 @@ def _in_words(changes: dict[str, object]) -> str:
 
 def all_mixes() -> Iterator[Mix]:
     """Every mix there is."""
-    values = {"zero_stage": (0, 1, 2, 3), "precision": ("fp32", "bf16")}
+    values = {"zero_stage": STAGES, "precision": ("fp32", "bf16")}
     names = [field.name for field in fields(Mix)]
     for chosen in product(*(values.get(name, (False, True)) for name in names)):
         mix = Mix(**dict(zip(names, chosen, strict=True)))  # type: ignore[arg-type]
         if mix.sparse or not mix.expert_parallel:  # the mesh refuses expert parallelism without experts
             yield mix
+
+
+def mix_of_cell(layout: str, addition: str, zero_stage: int) -> Mix:
+    """The mix of a row and column of the table at one ZeRO stage."""
+    return replace(LAYOUTS[layout], zero_stage=zero_stage, **ADDITIONS[addition])  # type: ignore[arg-type]
+
+
+def working_cells() -> Iterator[tuple[str, str, int]]:
+    """Layout, addition and ZeRO stage of everything in the table that works."""
+    for layout, addition, stage in product(LAYOUTS, ADDITIONS, STAGES):
+        if refusal(mix_of_cell(layout, addition, stage)) is None:
+            yield layout, addition, stage
+
+
+def table() -> list[list[str]]:
+    """The table of docs/parallel.md: for every layout and what is added to it the ZeRO stages that work."""
+    working = set(working_cells())
+    rows = [["", *ADDITIONS]]
+    for layout in LAYOUTS:
+        stages = [[stage for stage in STAGES if (layout, addition, stage) in working] for addition in ADDITIONS]
+        rows.append([layout, *(_range(of_cell) for of_cell in stages)])
+    return rows
+
+
+def _range(stages: list[int]) -> str:
+    if not stages:
+        return "refused"
+    if stages == list(range(stages[0], stages[-1] + 1)) and len(stages) > 1:
+        return f"ZeRO {stages[0]}-{stages[-1]}"
+    return f"ZeRO {', '.join(map(str, stages))}"
