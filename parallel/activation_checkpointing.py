@@ -1,7 +1,7 @@
 """Activation checkpointing: chosen blocks keep only their inputs, and compute the rest again in the backward pass.
 
-Applied from outside, and non-reentrant, so that collectives, hooks and gradients of tensors that leave a block by another
-way than its result (the routers' auxiliary losses) stay right. Loss and gradients do not change by a bit.
+Applied from outside, and non-reentrant, so that collectives, hooks and gradients of tensors that leave a block by
+another way than its result (the routers' auxiliary losses) stay right. Loss and gradients do not change by a bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +58,9 @@ def _forward(block: nn.Module, *inputs: Any, **named: Any) -> Any:
     forward: Callable[..., Any] = partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block), **named)
+    if routers(block):
+        named["context_fn"] = partial(_contexts, block)  # torch.compile, which has dense blocks only, knows none
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onetrain.model.moe import balanced_bias, routers
-from onetrain.model.options import ModelOptions
 from onetrain.parallel import expert_parallel, megatron_groups, tensor_parallel
+from onetrain.parallel.apply import after_deepspeed, before_deepspeed
 from onetrain.parallel.deepspeed_config import deepspeed_config
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 from onetrain.parallel.param_groups import learning_rate_factor, parameter_groups
-from onetrain.parallel.placement import Placement
 from onetrain.parallel.process_group import Ranks, all_reduce_sum
 
 Batch = TypeVar("Batch")
@@ -64,54 +62,32 @@ class Engine:
         self.optimizer_options = optimizer_options
         self.ranks = ranks
         self.total_steps = total_steps
-        model_options = getattr(model, "options", None)
-        self.mesh = Mesh.plan(ranks.world_size, parallel_options, model_options)
+        self.mesh = Mesh.plan(ranks.world_size, parallel_options, getattr(model, "options", None))
         self.step = 0
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         config = deepspeed_config(parallel_options, ranks.world_size, n_parameters)
         self._skeleton = _on_meta(model)  # what the model was, to build it whole for evaluation
-        self.placements: dict[str, Placement] = {}  # of parameters that are not their canonical ones
-        self.unit = None
-        if self.mesh.tensor_parallel > 1:
-            self.unit = megatron_groups.start(self.mesh, ranks.timeout_s)
-            placed = tensor_parallel.apply(model, self.unit)
-            self.placements |= {name: placement for name, placement in placed.items() if placement.dim is not None}
-        shares_experts = self.mesh.expert_parallel > 1
-        if shares_experts:
-            assert isinstance(model_options, ModelOptions)  # else Mesh.plan has refused
-            expert_parallel.prepare(model, self.mesh.expert_parallel)
-            config["expert_parallel"] = expert_parallel.deepspeed_section(model_options.moe, self.mesh.expert_parallel)
+        applied = before_deepspeed(model, parallel_options, self.mesh, ranks.timeout_s)
+        self.unit, self.experts_group = applied.unit, applied.experts_group
 
         import deepspeed  # late: it reads DS_ACCELERATOR, which process_group.start sets
-        from deepspeed.utils import groups
 
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
         model.to(ranks.device)
-        biases = [router.e_score_correction_bias for router in routers(model)]
-        experts_group = expert_parallel.group_name(self.mesh.expert_parallel) if shares_experts else None
-        self.optimizer = _torch_optimizer(model, optimizer_options, experts_group)
+        self.optimizer = _torch_optimizer(model, optimizer_options, self.experts_group)
         with redirect_stdout(io.StringIO()):  # memory reports that no log level silences
             self.deepspeed, *_ = deepspeed.initialize(
                 model=_LossModule(model),
                 optimizer=self.optimizer,
-                config=config,
+                config=config | applied.deepspeed,
                 mpu=self.unit,
                 dist_init_required=False,
             )
-        process_groups = [groups._get_data_parallel_group()]
-        if shares_experts:
-            expert_parallel.adopt(model, model_options.moe)
-            self.placements |= expert_parallel.placements(model, model_options.moe)
-            process_groups += [groups._get_expert_parallel_group(experts_group)]
-            process_groups += [groups._get_expert_data_parallel_group(experts_group)]
-        for process_group in process_groups:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout_s), process_group)
-        for router, bias_E in zip(routers(model), biases, strict=True):
-            # fp32 also in a bf16 model, whose steps would swallow the bias's small ones
-            router.e_score_correction_bias = bias_E[: len(router.e_score_correction_bias)].float()
+        after_deepspeed(model, applied, ranks.timeout_s)
+        self.placements = applied.placements  # of parameters that are not their canonical ones
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.expert_names = {name for name, p in model.named_parameters() if not getattr(p, "allreduce", True)}
+        self.expert_names = {name for name, p in model.named_parameters() if expert_parallel.is_shared_out(p)}
         if self.placements and len(self.trainable) < sum(1 for _ in model.parameters()):
             raise ParallelError(
                 "Frozen parameters cannot be shared over ranks: set parallel.expert_parallel and "
@@ -177,7 +153,7 @@ class Engine:
         Inside, ranks may run different numbers of forwards. Where ranks hold parts of the model, this is a copy that is
         made of them and dropped afterwards; else the module itself.
         """
-        if self.zero_stage < 3 and not self.placements:
+        if self.zero_stage < 3 and not self.placements and not self.options.compile:
             yield self.module
             return
         from onetrain.parallel.whole_model import whole_model
@@ -210,17 +186,10 @@ class Engine:
         """Of all gradients at ZeRO stage 0: what every rank holds counts once, ranks' own experts or parts add up."""
         if self.unit is not None:
             return tensor_parallel.grad_norm({p: _grad(p) for p in self.trainable}, self.unit)
-        own = [_grad(parameter) for parameter in self.trainable if getattr(parameter, "allreduce", True) is False]
-        same = [_grad(parameter) for parameter in self.trainable if getattr(parameter, "allreduce", True)]
-        square = nn.utils.get_total_norm(same).square()
-        if own:
-            from deepspeed.utils import groups
-
-            own_square = nn.utils.get_total_norm(own).square()
-            experts_group = expert_parallel.group_name(self.mesh.expert_parallel)
-            dist.all_reduce(own_square, group=groups._get_expert_parallel_group(experts_group))
-            square = square + own_square
-        return square.sqrt()
+        gradients = {parameter: _grad(parameter) for parameter in self.trainable}
+        if self.experts_group is not None:
+            return expert_parallel.grad_norm(gradients, self.experts_group)
+        return nn.utils.get_total_norm(list(gradients.values()))
 
     def _balance_experts(self, load_ZE: Tensor) -> None:
         """Moves the routers' biases by the global loads of this step, alike on every rank."""

@@ -8,10 +8,12 @@ know.
 Legend: R rows, S tokens per row, M = R * S, C choices, D width, E experts.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from onetrain.model.moe import Router, Routing, SparseFFN, route, router_logits, run_experts
@@ -91,6 +93,20 @@ def autoep_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
 
 
+def is_shared_out(parameter: nn.Parameter) -> bool:
+    """Whether other ranks of the group hold other experts' values of this parameter."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def grad_norm(gradients: Mapping[nn.Parameter, Tensor], group: str) -> Tensor:
+    """L2 norm of all gradients of the whole model, given this rank's; equal on all ranks."""
+    from deepspeed.utils import groups
+
+    own = nn.utils.get_total_norm([g for p, g in gradients.items() if is_shared_out(p)]).square()
+    dist.all_reduce(own, group=groups._get_expert_parallel_group(group))
+    return (own + nn.utils.get_total_norm([g for p, g in gradients.items() if not is_shared_out(p)]).square()).sqrt()
+
+
 class ParallelRouter(Router):
     """The model's router inside AutoEP's layer, on the weight that DeepSpeed manages."""
 
@@ -105,7 +121,7 @@ class ParallelRouter(Router):
         self.padded = theirs.num_experts - options.experts
         self.row_length = 1
 
-    def forward(self, x_MD: Tensor, _: Tensor | None = None) -> Routing:  # type: ignore[override]
+    def forward(self, x_MD: Tensor, _: Tensor | None = None) -> Routing:
         """As Router, of rows laid end to end; counts go on over the padding experts."""
         logits_RSE = self.gate(x_MD.unflatten(0, (-1, self.row_length)))
         routing, self.record = route(logits_RSE, self.e_score_correction_bias, self.options, self.real_RS)

@@ -1,11 +1,11 @@
 """Where a rank's fp32 master weights and optimizer moments lie inside DeepSpeed, at any ZeRO stage.
 
-A rank's parameters are the model's own, or parts of them (placement.py) where ranks share experts or layers. At stage 0 each parameter is its own master. At stages 1 and 2 a parameter group is one flat tensor cut into equal
-partitions, one per rank of the group that shares it (all data-parallel ranks; for experts, those that hold the same
-ones); at stage 3 each parameter is cut into equal partitions, and a rank's pieces are flattened per
-sub-group. In every case the torch optimizer holds flat tensors (`Flat.master`), and pieces of parameters lie in them at
-known offsets. DeepSpeed's own `safe_get_full_optimizer_state` knows nothing at stage 0 and only the first parameter
-group at stages 1 and 2.
+A rank's parameters are the model's own, or parts of them (placement.py) where ranks share experts or layers. At stage 0
+each is its own master. At stages 1 and 2 a parameter group is one flat tensor cut into equal partitions, one per rank
+of the group that shares it (all data-parallel ranks; for experts, those that hold the same ones); at stage 3 each
+parameter is cut into equal partitions, and a rank's pieces are flattened per sub-group. In every case the torch
+optimizer holds flat tensors (`Flat.master`), and pieces of parameters lie in them at known offsets. DeepSpeed's own
+`safe_get_full_optimizer_state` knows nothing at stage 0 and only the first parameter group at stages 1 and 2.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ VALUE = "value"  # beside the moments' names: the fp32 weight itself
 
 @dataclass(frozen=True)
 class Piece:
-    """`numel` elements of a flattened parameter from `start`, at `offset` of the flat tensor of partition `partition`."""
+    """`numel` elements of a flattened parameter from `start`, at `offset` of the flat tensor of a partition."""
 
     name: str
     partition: int
@@ -194,7 +194,7 @@ def _holders(flat: Flat, engine: Engine, ranks: int) -> dict[str, list[list[int]
         members = lists.setdefault(_part(engine, next(iter(names)), rank), [])
         if len(members) < flat.partitions:
             members.append(rank)
-    return dict.fromkeys(names, list(lists.values()))
+    return {name: list(lists.values()) for name in names}
 
 
 def _joined(flat: Flat, name: str, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
