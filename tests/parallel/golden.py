@@ -34,6 +34,7 @@ DENSE = ModelOptions(d_model=32, n_layers=3, n_heads=4, g_kv=2, d_ff=48, embed_d
 SPARSE = replace(DENSE, moe=MoEOptions(8, 2, shared=1, d_expert=16, first_dense=1, bias_rate=0.01))
 MODELS = {
     "dense": DENSE,
+    "dense + MTP": replace(DENSE, cross_attention="projected_kv", output_gate=True, mtp=MTPOptions(enabled=True)),
     "sparse": SPARSE,
     "sparse + auxiliary": replace(SPARSE, moe=replace(SPARSE.moe, scale=2.5, sequence_loss=0.05, z_loss=0.01)),
     "sparse + MTP": replace(
@@ -96,17 +97,20 @@ class Row(NamedTuple):
 def runs() -> list[Run]:
     """Every mix of the table."""
     every = ("sparse", "sparse + auxiliary", "sparse + MTP")
-    share = replace(ONE, expert_parallel=2)
+    share, cut_layers = replace(ONE, expert_parallel=2), replace(ONE, tensor_parallel=2)
     found = [
         Run("DP2", 2, ONE, ("dense", *every)),
         Run("EP2", 2, share, every),
         Run("accumulation 2", 1, replace(ONE, micro_batch_size=4), ("sparse + auxiliary",)),
         Run("EP2, accumulation 2", 2, replace(share, micro_batch_size=2), ("sparse + auxiliary",)),
         Run("EP2 x DP2", 4, share, ("sparse", "sparse + auxiliary")),
+        Run("TP2", 2, cut_layers, ("dense", "dense + MTP")),
+        Run("TP2 x DP2", 4, cut_layers, ("dense", "dense + MTP")),
     ]
     for stage in (1, 2, 3):
         found.append(Run(f"ZeRO {stage} x EP2", 2, replace(share, zero_stage=stage), ("sparse", "sparse + auxiliary")))
         found.append(Run(f"ZeRO {stage} x EP2 x DP2", 4, replace(share, zero_stage=stage)))
+        found.append(Run(f"ZeRO {stage} x TP2 x DP2", 4, replace(cut_layers, zero_stage=stage), ("dense",)))
     return found
 
 
@@ -296,7 +300,7 @@ def tolerance(optimizer: str) -> Tolerance:
     if optimizer == "SGD":
         return Tolerance(1e-6, "sums in another order: an epsilon of fp32 (1.2e-7) for weights near 1, a few times")
     return Tolerance(
-        3e-4, "AdamW divides by the root of the second moment: where a gradient is near 0, its rounding is a step"
+        1e-4, "AdamW divides by the root of the second moment: where a gradient is near 0, its rounding is a step"
     )
 
 
