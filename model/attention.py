@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
         self.gate = OutputGate(options) if options.output_gate else None
         self.q_norm = nn.RMSNorm(options.d_head, eps=options.norm_eps) if options.qk_norm else None
         self.k_norm = nn.RMSNorm(options.d_head, eps=options.norm_eps) if options.qk_norm and projected else None
-        self.own_groups = nn.Identity()  # under tensor parallelism: those that this rank's heads read
+        self.own_groups: nn.Module = nn.Identity()  # under tensor parallelism: those that this rank's heads read
 
     def project(self, context_BPD: Tensor) -> KeyValue:
         """Keys and values of the context, (B, G, P, K) each; only for projected_kv."""

@@ -115,7 +115,7 @@ class ContextProcessor(nn.Module):
         self.value_norms = nn.ModuleList(
             nn.RMSNorm(chunk, eps=options.norm_eps) for _ in range(sets if options.s_kv == 2 else 0)
         )
-        self.own_groups = nn.Identity()  # under tensor parallelism: those that this rank's heads read
+        self.own_groups: nn.Module = nn.Identity()  # under tensor parallelism: those that this rank's heads read
 
     def forward(self, context: Context) -> Positions:
         """Returns the static position and those of every pathway, in order.

@@ -124,7 +124,7 @@ class SidTokens(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(d, codes, bias=False) for codes in vocabulary.codes)
         biased = vocabulary.codes if options.scenario_head_bias else ()
         self.head_biases = nn.ModuleList(nn.Embedding(scenarios, codes) for codes in biased)
-        self.criterion = Criterion()
+        self.criterion: nn.Module = Criterion()
 
     def embed(self, codes_MS: Tensor, request: Mapping[str, Tensor]) -> Tensor:
         """[BOS, s_1 .. s_S] of requests with these features (M,) to (M, S + 1, D)."""

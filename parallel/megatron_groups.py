@@ -44,7 +44,7 @@ def start(mesh: Mesh, timeout_s: float) -> ModelParallelUnit:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=mesh.tensor_parallel,
         context_parallel_size=mesh.context_parallel,
-        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # goes into a timedelta
+        distributed_timeout_minutes=timeout_s / 60,  # goes into a timedelta
         order="tp-cp-ep-dp-pp",  # tensor ranks are neighbours, as in Mesh
         create_gloo_process_groups=False,
     )

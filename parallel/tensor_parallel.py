@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onetrain.model.attention import CrossAttention, SelfAttention
+from onetrain.model.context import ContextProcessor
 from onetrain.model.contrastive import ItemTower
 from onetrain.model.decoder import SidDecoder, SidTokens
 from onetrain.model.features import EventFeatures, FeatureTables
@@ -79,8 +80,7 @@ def apply(model: nn.Module, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) -
         cutter.column(f"{path}.gate_up", runs=2)
         cutter.row(f"{path}.down")
     for path in _tables(model):
-        if model.get_submodule(path).num_embeddings >= min_rows:
-            cutter.table(path)
+        cutter.table(path, min_rows)
     cutter.tokens("tokens", model.tokens)
     cutter.shared_sets(model)
     return cutter.placements
@@ -136,9 +136,9 @@ class _Cutter:
 
     def shared_sets(self, model: SidDecoder) -> None:
         """Key/value sets that are no block's own: every rank makes them whole."""
-        context = model.get_submodule("context")
+        context, options = model.get_submodule("context"), model.options
+        assert isinstance(context, ContextProcessor)
         if len(context.key_norms):
-            options = model.options
             context.own_groups = self.layers.OwnGroups(options.n_heads, options.kv_groups, self.group)
 
     def column(self, path: str, runs: int = 1) -> None:
@@ -153,11 +153,12 @@ class _Cutter:
         whole = self._linear(path)
         self._replace(path, self.layers.Row(whole, self._cut(f"{path}.weight", whole.weight, 1), self.group))
 
-    def table(self, path: str) -> None:
-        """Rows of an embedding table."""
+    def table(self, path: str, min_rows: int) -> None:
+        """Rows of an embedding table that has so many."""
         whole = self.model.get_submodule(path)
         assert isinstance(whole, nn.Embedding)
-        self._replace(path, self.layers.Table(whole, self._cut(f"{path}.weight", whole.weight, 0), self.group))
+        if whole.num_embeddings >= min_rows:
+            self._replace(path, self.layers.Table(whole, self._cut(f"{path}.weight", whole.weight, 0), self.group))
 
     def tokens(self, path: str, tokens: SidTokens) -> None:
         """Heads, their biases, and the criterion of logits that are cut."""

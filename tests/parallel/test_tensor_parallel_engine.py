@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_cases import ADAMW, PARALLEL, SGD, TOTAL_STEPS, SmallModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -156,15 +157,32 @@ def check_equal(cases: list[Case], results: list[list[tuple]]) -> None:
 
 
 def cases(tensor: int, micro_batch_size: int) -> list[Case]:
-    return [
-        (name, replace(CLIPPED, tensor_parallel=tensor, zero_stage=stage, micro_batch_size=micro_batch_size), options)
-        for stage in (0, 1, 2, 3)
-        for name, options in (("everything", SGD), ("shared", ADAMW))
-    ]
+    plain = replace(CLIPPED, tensor_parallel=tensor, micro_batch_size=micro_batch_size)
+    asked = [("everything", replace(plain, zero_stage=stage), SGD) for stage in (0, 1, 2, 3)]
+    return asked + [("shared", replace(plain, zero_stage=stage), ADAMW) for stage in (1, 3)]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_a_plain_loop(two: WorkerPool) -> None:
     check_equal(cases(2, ROWS), two.run(train, cases(2, ROWS)))
+
+
+def bf16_losses(ranks: Ranks) -> list[list[float]]:
+    plain = replace(CLIPPED, tensor_parallel=2, micro_batch_size=ROWS, precision="bf16")
+    losses = []
+    for stage in (1, 3):
+        engine = Engine(build("everything"), replace(plain, zero_stage=stage), ADAMW, ranks, TOTAL_STEPS)
+        losses.append([loss for loss, _, _ in advance(engine, range(STEPS))])
+        engine.close()
+    return losses
+
+
+def test_bf16_follows_fp32(two: WorkerPool) -> None:
+    expected = [loss for loss, _, _ in train_plainly("everything", ADAMW)[0]]
+    for of_rank in two.run(bf16_losses):
+        for losses in of_rank:
+            assert losses == pytest.approx(expected, rel=3e-2)
+            assert losses != pytest.approx(expected, rel=1e-5)  # it did run in bf16
 
 
 @pytest.mark.slow
@@ -172,14 +190,27 @@ def test_two_groups_of_two_equal_a_plain_loop(four: WorkerPool) -> None:
     check_equal(cases(2, ROWS), four.run(train, cases(2, ROWS)))
 
 
+def check_restored(restored: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Every weight and moment is the file's, to the last bit."""
+    saved = load_file(folder / checkpoint.MODEL), load_file(folder / checkpoint.OPTIMIZER)
+    for kind, tensors in restored.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, saved[0][name] if kind == VALUE else saved[1][f"{kind}/{name}"]), (kind, name)
+    assert sum(len(tensors) for tensors in restored.values()) == sum(len(tensors) for tensors in saved)
+
+
 def change_of_mesh(ranks: Ranks, folder: Path, mixes: list[ParallelOptions]) -> list[tuple[float, float, float]]:
-    """Two steps under every mix, each from the checkpoint of the one before."""
-    history, steps = [], STEPS // len(mixes)
+    """A step under every mix, each from the checkpoint of the one before."""
+    history: list[tuple[float, float, float]] = []
+    steps = STEPS // len(mixes)
     for number, mix in enumerate(mixes):
         engine = Engine(build("everything", number + ranks.rank), mix, ADAMW, ranks, TOTAL_STEPS)
         if number:
             checkpoint.load(engine, folder / str(number - 1))
             assert engine.step == number * steps
+            restored = gather(engine)
+            if ranks.is_main:
+                check_restored(restored, folder / str(number - 1))
         else:
             checkpoint.load_weights(engine, folder / "start")
         history += advance(engine, range(number * steps, (number + 1) * steps))
@@ -199,10 +230,13 @@ def test_checkpoints_change_between_tensor_and_data_parallel(two: WorkerPool, tm
         one.run(start_alone, tmp_path)
     plain = replace(CLIPPED, micro_batch_size=ROWS)
     mixes = [replace(plain, tensor_parallel=2, zero_stage=1), replace(plain, zero_stage=2)]
-    mixes += [replace(plain, tensor_parallel=2, zero_stage=3)]
+    mixes += [replace(plain, tensor_parallel=2, zero_stage=3), replace(plain, zero_stage=0)]
     expected, _ = train_plainly("everything", ADAMW)
     for history in two.run(change_of_mesh, tmp_path, mixes):
-        assert_close(torch.tensor(history), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+        found, wanted = torch.tensor(history), torch.tensor(expected)
+        assert_close(found[:, [0, 2]], wanted[:, [0, 2]], rtol=1e-5, atol=1e-6)
+        # Adam's first steps divide small gradients by their own size, rounding included: 1e-4 without any checkpoint
+        assert_close(found[:, 1], wanted[:, 1], rtol=1e-3, atol=0)
 
 
 def refuse(ranks: Ranks) -> str:
