@@ -71,7 +71,7 @@ def parameter_counts(options: ModelOptions, vocabulary: Vocabulary) -> Parameter
 
 
 def largest_parameter(options: ModelOptions, vocabulary: Vocabulary) -> int:
-    """Elements of the largest single tensor: a table, a fused FFN matrix, a block's experts, or a head."""
+    """Elements of the largest single tensor: a table, a fused FFN matrix, one matrix of all experts, or a head."""
     d, codes = options.d_model, max(vocabulary.codes)
     sizes = [d * codes, options.width_of("sid") * codes, 3 * d * d]
     sizes += [_tables([name], vocabulary.features, options) for name in options.features]
@@ -81,8 +81,10 @@ def largest_parameter(options: ModelOptions, vocabulary: Vocabulary) -> int:
         former = options.contrastive.query_former
         sizes.append(former.queries * former.width * d)
     for block in range(options.n_layers):
-        sparse = options.is_sparse(block)
-        sizes.append(2 * d * (options.moe.experts * options.expert_width if sparse else options.ffn_width))
+        if options.is_sparse(block):
+            sizes.append(d * options.expert_width * max(options.moe.experts, 2 * options.moe.shared))
+        else:
+            sizes.append(2 * d * options.ffn_width)
     return max(sizes)
 
 

@@ -16,9 +16,12 @@ from onetrain.model.presets import PRESETS, preset, vocabulary
 
 
 def counted_by_torch(options, vocab, rows, slots):
-    """(forward, forward and backward) FLOPs of one micro batch, in the loss too."""
+    """(forward, forward and backward) FLOPs of one micro batch, in the loss too.
+
+    In float64: torch counts nothing for the grouped products of other types.
+    """
     torch.manual_seed(0)
-    model = build(options, vocab)
+    model = build(options, vocab).double()
     context, targets = full_inputs(options, vocab, rows, slots)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:

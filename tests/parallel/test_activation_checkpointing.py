@@ -58,13 +58,12 @@ def test_loss_statistics_and_gradients_are_the_same_to_the_bit(name, blocks, dty
         assert torch.equal(gradients[key], gradient), key
 
 
-def test_auxiliary_losses_reach_the_router_and_its_record_is_that_of_the_forward_pass():
+def test_auxiliary_losses_reach_the_router_and_repeated_passes_leave_no_record():
     model, batch = new_model(SPARSE), random_batch(0)
     activation_checkpointing.apply(model, "all")
     parts = loss_fn(model.train(), batch)
-    records = [router.record for router in routers(model)]
     parts.loss.backward()
-    assert all(router.record is record for router, record in zip(routers(model), records, strict=True))
+    assert all(router.record is None for router in routers(model))  # else it would keep a whole block's graph
     tokens = int((batch[1].weight_BT > 0).sum()) * 3
     assert parts.stats["expert_load"].sum((1, 2)).tolist() == [tokens * SPARSE.moe.top_k] * 2
     with_losses = [router.weight.grad.clone() for router in routers(model)]
