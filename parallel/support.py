@@ -64,19 +64,24 @@ RULES = (
         "parallel.tensor_parallel cuts dense blocks only, and the model has experts",
     ),
     Rule(
+        lambda mix: mix.compile and mix.sparse,
+        "parallel.compile works for dense blocks only, and the model has experts",
+    ),
+    Rule(
         lambda mix: mix.precision == "bf16" and mix.zero_stage == 0,
         "parallel.precision bf16 needs fp32 master weights, which ZeRO stage 0 does not keep",
     ),
     Rule(
         lambda mix: mix.offload_optimizer and mix.zero_stage == 0,
-        "parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0",
+        "parallel.offload_optimizer needs optimizer state in parts, which ZeRO stage 0 does not have",
     ),
 )
 
 
 STAGES = (0, 1, 2, 3)
 LAYOUTS = {  # rows of the table
-    "data parallel": Mix(sparse=True),
+    "data parallel, dense": Mix(),
+    "data parallel, with experts": Mix(sparse=True),
     "expert x data parallel": Mix(sparse=True, expert_parallel=True),
     "tensor x data parallel, dense": Mix(tensor_parallel=True),
     "tensor x data parallel, with experts": Mix(sparse=True, tensor_parallel=True),
@@ -88,9 +93,10 @@ ADDITIONS: dict[str, dict[str, object]] = {  # columns; fp32 without the rest st
     "bf16": {"precision": "bf16"},
     "offload_optimizer": {"offload_optimizer": True},
     "checkpoint_blocks": {"checkpoint_blocks": True},
+    "these three": {"precision": "bf16", "offload_optimizer": True, "checkpoint_blocks": True},
     "compile": {"compile": True},
+    "all four": {"precision": "bf16", "offload_optimizer": True, "checkpoint_blocks": True, "compile": True},
 }
-ADDITIONS["all of them"] = {name: value for addition in ADDITIONS.values() for name, value in addition.items()}
 
 
 def refusal(mix: Mix) -> str | None:
@@ -167,7 +173,7 @@ def working_cells() -> Iterator[tuple[str, str, int]]:
 def table() -> list[list[str]]:
     """The table of docs/parallel.md: for every layout and what is added to it the ZeRO stages that work."""
     working = set(working_cells())
-    rows = [["", *ADDITIONS]]
+    rows = [["ranks", *ADDITIONS]]
     for layout in LAYOUTS:
         stages = [[stage for stage in STAGES if (layout, addition, stage) in working] for addition in ADDITIONS]
         rows.append([layout, *(_range(of_cell) for of_cell in stages)])
