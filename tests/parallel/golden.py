@@ -8,6 +8,7 @@ Legend: B rows of the global batch, T slots, N events, M targets that count, K e
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events, Targets
 from onetrain.model.loss import training_loss
-from onetrain.model.moe import routers
+from onetrain.model.moe import Routing, routers
 from onetrain.model.options import ModelOptions, MoEOptions, MTPOptions, Vocabulary
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.optimizer_state import VALUE, gather
@@ -104,6 +105,9 @@ def runs() -> list[Run]:
         Run("accumulation 2", 1, replace(ONE, micro_batch_size=4), ("sparse + auxiliary",)),
         Run("EP2, accumulation 2", 2, replace(share, micro_batch_size=2), ("sparse + auxiliary",)),
         Run("EP2 x DP2", 4, share, ("sparse", "sparse + auxiliary")),
+        Run("EP2, recomputation", 2, replace(share, checkpoint_blocks="all"), ("sparse + auxiliary",)),
+        Run("EP2, chunked loss", 2, replace(share, loss_chunk=2), ("sparse + MTP",)),
+        Run("ZeRO 2 x EP2, offload", 2, replace(share, zero_stage=2, offload_optimizer=True)),
         Run("TP2", 2, cut_layers, ("dense", "dense + MTP")),
         Run("TP2 x DP2", 4, cut_layers, ("dense", "dense + MTP")),
     ]
@@ -176,10 +180,10 @@ def share(batch: Batch, engine: Engine) -> list[Batch]:
     return [trimmed(cut(batch, rows)) for rows in parts]
 
 
-def loss_fn(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_fn(module: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """As the training loop's."""
     assert isinstance(module, SidDecoder)
-    return training_loss(module(*batch), module.options)
+    return training_loss(module(*batch), module.options, chunk)
 
 
 def weight_fn(batch: Batch) -> float:
@@ -195,8 +199,7 @@ class RoutingLog:
         for router in routers(model):
             calls: list[Tensor] = []
             self.chosen.append(calls)
-            hook = router.register_forward_hook(lambda _, __, routing, calls=calls: calls.append(routing.expert_MK))
-            self.hooks.append(hook)
+            self.hooks.append(router.register_forward_hook(partial(self._note, calls)))
 
     def __enter__(self) -> "RoutingLog":
         return self
@@ -204,6 +207,11 @@ class RoutingLog:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+    @staticmethod
+    def _note(calls: list[Tensor], _: nn.Module, __: Any, routing: Routing) -> None:
+        if torch._C._current_graph_task_id() == -1:  # else a backward pass repeats the block
+            calls.append(routing.expert_MK)
 
     def take(self, ranks: Ranks, mine: bool) -> Tensor | None:
         """(Z, M, K) of one step, over ranks in their order, sorted within a token; None without experts.
@@ -240,9 +248,10 @@ def go_on(engine: Engine, batch_of: Callable[[int], Batch], steps: int) -> Train
     """The next steps of an engine; the result is on rank 0."""
     ranks, history, chosen = engine.ranks, [], []
     replica = ranks.world_size // engine.mesh.data_parallel
+    loss = partial(loss_fn, chunk=engine.options.loss_chunk)
     with RoutingLog(engine.module) as log:
         for step in range(engine.step, engine.step + steps):
-            result = engine.train_step(share(batch_of(step), engine), loss_fn, weight_fn)
+            result = engine.train_step(share(batch_of(step), engine), loss, weight_fn)
             history.append((result.loss, result.grad_norm))
             of_step = log.take(ranks, ranks.rank % replica == 0)
             chosen += [] if of_step is None else [of_step]
