@@ -58,7 +58,7 @@ def _for_one_rank(config: RunConfig) -> ParallelOptions:
     ]
     if shared:
         print_message(f"debug runs one rank, which holds the whole model: {', '.join(shared)} play no part")
-    return dataclasses.replace(config.parallel, **dict.fromkeys(degrees, 1))
+    return dataclasses.replace(config.parallel, tensor_parallel=1, context_parallel=1, expert_parallel=1)
 
 
 def check_gradients(config: RunConfig) -> None:

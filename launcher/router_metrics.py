@@ -31,7 +31,9 @@ class RouterMetrics:
         self.layers = [block for block in range(options.n_layers) if options.is_sparse(block)]
         self.told: set[tuple[int, int]] = set()  # (layer, expert) that the last alarm or an earlier one has named
         self.alarm: str | None = None  # of the interval last reported
-        self._reset()
+        self._steps = 0
+        self._load_ZSE: Tensor | float = 0.0
+        self._entropy_Z: Tensor | float = 0.0
 
     def add(self, stats: Mapping[str, Tensor]) -> None:
         """The statistics of one optimizer step."""
@@ -47,7 +49,7 @@ class RouterMetrics:
         Loads are over the ideal one, which is the same for every expert. Empty without experts or without tokens.
         """
         load_ZSE, entropy_Z, steps = torch.as_tensor(self._load_ZSE), torch.as_tensor(self._entropy_Z), self._steps
-        self._reset()
+        self._steps, self._load_ZSE, self._entropy_Z = 0, 0.0, 0.0
         self.alarm = None
         if steps == 0 or float(load_ZSE.sum()) == 0:
             return {}
@@ -130,11 +132,6 @@ class RouterMetrics:
             f"experts without a single token in the last {steps} step(s), in which {tokens:,.0f} tokens went through "
             f"each sparse layer: {named}. docs/parallel.md says what to do"
         )
-
-    def _reset(self) -> None:
-        self._steps = 0
-        self._load_ZSE: Tensor | float = 0.0
-        self._entropy_Z: Tensor | float = 0.0
 
 
 def _over_ideal(load: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def _ways(wish: _Wish, problem: _Problem, works: Callable[[_Wish], bool]) -> lis
             below = min(below, wish.global_batch_size if name == "micro_batch_size" else wish.world_size)
         down = range(below, 0, -step)[:SEARCHED]
         up = range(above, above + SEARCHED * step, step)
-        found = [n for side in (down, up) for n in _first(side, lambda n, name=name: works(replace(wish, **{name: n})))]
+        found = [n for side in (down, up) for n in _first(side, wish, name, works)]
         if found:
             numbers = " or ".join(map(str, found))
             verb = "run with {} ranks" if name == "world_size" else "set it to {}"
@@ -223,5 +223,5 @@ def _ways(wish: _Wish, problem: _Problem, works: Callable[[_Wish], bool]) -> lis
     return ways
 
 
-def _first(numbers: Iterable[int], works: Callable[[int], bool]) -> list[int]:
-    return next(([n] for n in numbers if works(n)), [])
+def _first(numbers: Iterable[int], wish: _Wish, name: str, works: Callable[[_Wish], bool]) -> list[int]:
+    return next(([n] for n in numbers if works(replace(wish, **{name: n}))), [])

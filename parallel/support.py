@@ -68,6 +68,10 @@ RULES = (
         "parallel.compile works for dense blocks only, and the model has experts",
     ),
     Rule(
+        lambda mix: mix.compile and mix.zero_stage == 3,
+        "parallel.compile needs weights that stay, and ZeRO stage 3 gathers them in hooks that cannot be compiled",
+    ),
+    Rule(
         lambda mix: mix.precision == "bf16" and mix.zero_stage == 0,
         "parallel.precision bf16 needs fp32 master weights, which ZeRO stage 0 does not keep",
     ),
@@ -118,7 +122,7 @@ def nearest(mix: Mix) -> list[dict[str, object]]:
         "context_parallel": [False],
         "expert_parallel": [False],
         "tensor_parallel": [False],
-        "zero_stage": [stage for stage in (1, 2, 3) if stage > mix.zero_stage],
+        "zero_stage": sorted(STAGES, key=lambda stage: abs(stage - mix.zero_stage)),
         "precision": ["fp32"],
         "offload_optimizer": [False],
         "checkpoint_blocks": [False],

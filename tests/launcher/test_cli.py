@@ -212,6 +212,53 @@ def test_under_torchrun_train_is_one_rank(job, stand_in, monkeypatch, rank):
     assert onetrain("train", job, "--workers", "2").exit_code == 2
 
 
+IMPOSSIBLE = [
+    (["parallel.tensor_parallel=2"], "parallel.tensor_parallel 2 needs a multiple of 2 ranks, and there are 3"),
+    (["parallel.expert_parallel=3"], "parallel.expert_parallel 3 needs experts"),
+    (["parallel.precision=bf16"], "set parallel.zero_stage to 1"),
+    (["parallel.global_batch_size=256"], "run with 2 or 4 ranks"),
+]
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE)
+def test_an_impossible_mesh_is_refused_before_anything_starts(job, stand_in, monkeypatch, changes, message, torchrun):
+    if torchrun:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "3")
+    stand_in("onetrain.launcher.train", "train", failing(AssertionError("training was started")))
+    stand_in("onetrain.cluster.worker_group", "run_on_workers", failing(AssertionError("Ray was started")))
+    overrides = ["parallel.global_batch_size=12", *changes, *([] if torchrun else ["cluster.workers=3"])]
+    done = onetrain("train", job, *(word for change in overrides for word in ("--set", change)))
+    assert done.exit_code == 4, done.output
+    assert message in done.stderr
+
+
+def test_the_mesh_is_drawn_where_there_are_several_ranks(job, stand_in, monkeypatch):
+    stand_in("onetrain.launcher.train", "train", lambda config: {"loss": 1.25})
+    stand_in("onetrain.cluster.worker_group", "run_on_workers", lambda *_, **__: [{"loss": 1.25}])
+    mesh = ["--set", "model.moe.experts=4", "--set", "parallel.expert_parallel=2"]
+    done = onetrain("train", job, "--workers", "4", *mesh)
+    assert "mesh of 4 ranks: data 4; experts over 2" in done.stderr
+    assert "mesh of" not in onetrain("train", job, "--workers", "1").stderr
+    sizes = ["--set", "cluster.workers=4", "--set", "plan.sizes={behaviour: 3}"]
+    done = onetrain("plan", job, *mesh, *sizes)
+    assert "rank         |   0     1 |   2     3 |" in done.stdout, done.output
+    for rank, drawn in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert ("mesh of 2 ranks" in onetrain("train", job).stderr) == drawn
+
+
+def test_metrics_of_single_layers_stay_in_the_log(job, stand_in):
+    result = [{"loss": 1.25, "experts/load_max": 1.5, "experts/layer_01/load_max": 1.625}]
+    stand_in("onetrain.launcher.train", "train", None)
+    stand_in("onetrain.cluster.worker_group", "run_on_workers", lambda *_, **__: result)
+    done = onetrain("train", job, "--workers", "1")
+    assert "1.5000" in done.stdout
+    assert "1.6250" not in done.stdout
+
+
 def test_debug_says_how_many_steps(job, stand_in):
     calls = []
     stand_in("onetrain.launcher.debug", "debug", lambda config, steps, overfit: calls.append((steps, overfit)))

@@ -13,6 +13,10 @@ from onetrain.launcher.cli import app
 from onetrain.launcher.config import run_folder, save_config
 from onetrain.launcher.debug import check_gradients, debug
 from onetrain.launcher.errors import ConfigError
+from onetrain.model.options import MoEOptions
+from onetrain.parallel.errors import ParallelError
+
+EXPERTS = MoEOptions(experts=4, d_expert=16)
 
 
 def debug_run(config):
@@ -78,3 +82,16 @@ def test_a_detached_and_an_exploding_parameter_are_named(tiny, model_with):
     assert "tokens.heads.0.weight receives no gradient" in message
     assert "tokens.norms.2.weight receives a gradient that is not finite" in message
     assert "tokens.heads.1.weight" not in message
+
+
+def test_degrees_are_set_aside_on_one_rank(tiny, capsys):
+    config = changed(tiny, model__moe=EXPERTS, parallel__expert_parallel=2)
+    debug(config, steps=1, overfit=False)
+    assert "parallel.expert_parallel 2 play no part" in capsys.readouterr().err
+    assert records(debug_run(config))[-1]["experts/load_max"] >= 1
+
+
+def test_options_that_do_not_go_together_are_refused_all_the_same(tiny):
+    with pytest.raises(ParallelError, match=r"set parallel\.tensor_parallel to 1"):
+        debug(changed(tiny, model__moe=EXPERTS, parallel__tensor_parallel=2), steps=1, overfit=False)
+    assert not run_folder(tiny).exists()

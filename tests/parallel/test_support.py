@@ -88,6 +88,7 @@ def _apart(one: Mix, other: Mix) -> int:
         ({"precision": "bf16"}, r"bf16 needs .*: set parallel\.zero_stage to 1, or parallel\.precision to fp32\."),
         ({"offload_optimizer": True}, r"stage 0 does not have: set parallel\.zero_stage to 1, or parallel\.offload"),
         ({"precision": "bf16", "offload_optimizer": True}, r": set parallel\.zero_stage to 1\."),
+        ({"compile": True, "zero_stage": 3}, r": set parallel\.zero_stage to 2, or parallel\.compile to false\."),
         ({"context_parallel": 2}, r"long-context layers: set parallel\.context_parallel to 1\."),
         (
             {"tensor_parallel": 2, "expert_parallel": 2},
