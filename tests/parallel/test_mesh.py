@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from itertools import chain, pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, assume, given, settings
@@ -198,6 +199,14 @@ def test_a_picture_of_any_size_fits_a_terminal(mesh: Mesh) -> None:
     assert len(lines) <= 20
     assert all(line == line.rstrip() and line.isascii() for line in lines)
     assert str(mesh.world_size - 1) in mesh.picture()  # the last rank is never left out
+
+
+def test_the_documentation_shows_what_is_printed() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    assert Mesh.plan(8, ParallelOptions(expert_parallel=2)).picture() in text
+    with pytest.raises(ParallelError) as caught:
+        Mesh.plan(6, ParallelOptions(expert_parallel=4, global_batch_size=240))
+    assert str(caught.value) in text
 
 
 def test_a_large_picture_keeps_expert_groups_whole() -> None:
