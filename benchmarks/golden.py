@@ -18,7 +18,7 @@ from onetrain.launcher.environment import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parallel"))
 
-from golden import Row
+from golden import OPTIMIZERS, Row
 from golden_table import BOUND, broken, table
 
 COLUMNS = ["run", "model", "optimizer", "ranks", "loss", "gradient norm", "weights", "bound", "routing decisions"]
@@ -31,6 +31,19 @@ def cells(row: Row) -> list[str | float]:
     return [row.run, row.model, row.optimizer, row.ranks, *figures, routing]
 
 
+def worst(rows: list[Row]) -> list[list[str | float]]:
+    """One line for every run: the largest deviation over its models, weights by optimizer."""
+    lines: list[list[str | float]] = []
+    for run in dict.fromkeys(row.run for row in rows):
+        own = [row for row in rows if row.run == run]
+        figures = [max(row.loss for row in own), max(row.norm for row in own)]
+        figures += [max(row.weights for row in own if row.optimizer == name) for name in OPTIMIZERS]
+        decisions = sum(row.decisions for row in own)
+        routing = f"{sum(row.flips for row in own)} of {decisions}" if decisions else "-"
+        lines.append([own[0].ranks, run, *(f"{value:.1e}" for value in figures), routing])
+    return lines
+
+
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,6 +54,15 @@ def main() -> None:
     rows = table(options.only)
     title = f"worst deviation from one process over 30 steps; loss and gradient norm relative, bound {BOUND:.0e}"
     print_table(title, COLUMNS, [cells(row) for row in rows])
+    columns = [
+        "ranks",
+        "run",
+        "loss",
+        "gradient norm",
+        *(f"weights, {name}" for name in OPTIMIZERS),
+        "routing decisions",
+    ]
+    print_table("worst over the models of a run", columns, worst(rows))
     for reason in dict.fromkeys(f"bound {row.tolerance.weights:.0e}: {row.tolerance.reason}" for row in rows):
         print_message(reason)
     print_message(f"{len(rows)} runs, {time.perf_counter() - started:.0f} s")

@@ -186,6 +186,18 @@ def test_run_experts_takes_tokens_in_the_order_of_experts():
         torch.testing.assert_close(y_CD.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_shared_experts_are_as_wide_as_so_many_experts(shared):
+    block = random_block(MoEOptions(4, 2, shared=shared), d_expert=5)
+    assert block.experts.gate.shape == block.experts.up.shape == (4, 5, 8)
+    assert block.experts.down.shape == (4, 8, 5)
+    if shared == 0:
+        assert block.shared is None
+    else:
+        assert block.shared.down.weight.shape == (8, shared * 5)
+        assert block.shared.gate_up.weight.shape == (2 * shared * 5, 8)
+
+
 def test_a_token_runs_through_its_own_experts_only():
     """Spoiling an expert changes exactly the tokens that chose it."""
     block = random_block(MoEOptions(experts=5, top_k=2))
@@ -332,7 +344,7 @@ def test_sequence_loss_is_one_when_balanced_and_more_when_not():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 def test_balanced_bias_equals_a_loop(dtype):
     torch.manual_seed(0)
-    bias_E, load_E = torch.randn(7), torch.tensor([3, 9, 5, 5, 0, 11, 2])  # the mean is 5
+    bias_E, load_E = torch.randn(7), torch.tensor([4, 4, 5, 5, 0, 13, 4])  # the mean is 5, the median 4
     expected = []
     for bias, load in zip(bias_E.tolist(), load_E.tolist(), strict=True):
         expected.append(bias + (0.01 if load < 5 else -0.01 if load > 5 else 0.0))
