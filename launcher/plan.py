@@ -49,6 +49,7 @@ class Plan:
     global_batch_size: int
     mesh: Mesh | None  # None where the layout cannot be
     memory: RankMemory | None
+    layout: tuple[str, ...]  # what besides ZeRO that memory depends on, in words
     device_memory_gib: float
     problems: tuple[str, ...]  # what does not fit
     suggestions: tuple[str, ...]
@@ -127,6 +128,7 @@ def make_plan(config: RunConfig) -> Plan:
         global_batch_size=config.parallel.global_batch_size,
         mesh=mesh,
         memory=memory,
+        layout=_layout_in_words(config),
         device_memory_gib=config.plan.device_memory_gib,
         problems=problems,
         suggestions=changes,
@@ -226,3 +228,18 @@ def _layout(
     if not changes:
         problem += "; no ZeRO stage, micro batch or number of workers that was tried fits either"
     return mesh, memory, (problem,), changes
+
+
+def _layout_in_words(config: RunConfig) -> tuple[str, ...]:
+    options, words = config.parallel, []
+    if options.tensor_parallel > 1:
+        words.append(f"{options.tensor_parallel} ranks share every layer")
+    if options.expert_parallel > 1:
+        words.append(f"{options.expert_parallel} ranks share the experts of a block, as if loads were equal")
+    if options.checkpoint_blocks not in ("none", ()):
+        blocks = options.checkpoint_blocks
+        named = "all blocks" if blocks == "all" else f"blocks {', '.join(map(str, blocks))}"
+        words.append(f"{named} recompute their activations")
+    if options.loss_chunk is not None:
+        words.append(f"logits of {options.loss_chunk} targets at once")
+    return tuple(words)

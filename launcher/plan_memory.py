@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from onetrain.launcher.options import RunConfig
-from onetrain.model.activations import logits_bytes, saved_bytes
+from onetrain.model.activations import passing_bytes, saved_bytes
 from onetrain.model.options import Vocabulary
-from onetrain.model.parameter_counts import largest_parameter, parameter_counts
+from onetrain.model.parameter_counts import (
+    expert_parameters,
+    largest_parameter,
+    parameter_counts,
+    tensor_parallel_parameters,
+)
+from onetrain.parallel.activation_checkpointing import chosen
 from onetrain.parallel.deepspeed_config import deepspeed_config
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
+from onetrain.parallel.tensor_parallel import MIN_ROWS
 
 FP32 = 4
 GIB = 1024**3
@@ -41,14 +48,18 @@ def element_bytes(options: ParallelOptions) -> int:
     return 2 if options.precision == "bf16" else FP32
 
 
-def state_bytes(options: ParallelOptions, optimizer: OptimizerOptions, world_size: int, parameters: int) -> RankMemory:
+def state_bytes(
+    options: ParallelOptions, optimizer: OptimizerOptions, ranks: float, parameters: float, experts: float = 0
+) -> RankMemory:
     """Weights, gradients, fp32 master weights and moments of one rank; without buckets and padding.
 
-    Stage 0 (fp32 only) has no masters apart from the weights. Stage 1 cuts masters and moments into W pieces, stage 2
-    the gradients as well, stage 3 everything. In bf16 gradients are accumulated in fp32; stage 1 keeps both whole.
+    `parameters` are those that the rank computes with, `experts` those of them that only every expert_parallel-th of
+    the `ranks` data-parallel ranks has too. Stage 0 (fp32 only) has no masters apart from the weights. Stage 1 cuts
+    masters and moments into as many pieces as ranks have the same parameters, stage 2 the gradients as well, stage 3
+    everything. In bf16 gradients are accumulated in fp32; stage 1 keeps both whole.
     """
     stage, width = options.zero_stage, element_bytes(options)
-    share = parameters / world_size
+    share = (parameters - experts + experts * options.expert_parallel) / ranks
     weights = width * (share if stage == 3 else parameters)
     gradients = FP32 * (share if stage >= 2 else parameters)
     if stage == 1 and options.precision == "bf16":
@@ -61,41 +72,64 @@ def state_bytes(options: ParallelOptions, optimizer: OptimizerOptions, world_siz
     return RankMemory({**device, "fp32 master weights": masters, "optimizer moments": moments})
 
 
-def rank_memory(config: RunConfig, vocabulary: Vocabulary) -> RankMemory:
-    """Everything that a rank holds in one micro batch at full sequence length.
+def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False) -> RankMemory:
+    """Everything that a rank holds in one micro batch at full sequence length; `on_cpu` for the CPU's kernels.
 
     Raises ParallelError for a layout that cannot be.
     """
-    options, workers = config.parallel, config.cluster.workers
-    parameters = parameter_counts(config.model, vocabulary).total
-    zero = deepspeed_config(options, workers, parameters)["zero_optimization"]
-    state, width = state_bytes(options, config.optimizer, workers, parameters), element_bytes(options)
-    buckets = 0.0
-    if options.zero_stage:
-        buckets = width * (zero["reduce_bucket_size"] + zero["allgather_bucket_size"])
-    if options.zero_stage == 3:
-        gathered = zero["stage3_prefetch_bucket_size"] + largest_parameter(config.model, vocabulary)
-        buckets = width * (zero["reduce_bucket_size"] + min(gathered, parameters))
-    samples, per_sample = Mesh.plan(workers, options).micro_batch_size, config.plan.targets_per_request
-    targets = samples * per_sample
-    saved = saved_bytes(config.model, vocabulary, per_sample, width, micro_batch_targets=targets)
+    options, model, workers = config.parallel, config.model, config.cluster.workers
+    mesh, width = Mesh.plan(workers, options, model), element_bytes(options)
+    total = parameter_counts(model, vocabulary).total
+    experts = expert_parameters(model, options.expert_parallel) if options.expert_parallel > 1 else 0
+    parameters: float = total - expert_parameters(model) + experts if experts else total
+    if options.tensor_parallel > 1:
+        parameters = tensor_parallel_parameters(model, vocabulary, options.tensor_parallel, MIN_ROWS)
+    state = state_bytes(options, config.optimizer, mesh.data_parallel, parameters, experts)
+    samples, per_sample = mesh.micro_batch_size, config.plan.targets_per_request
+    recomputed = chosen(options.checkpoint_blocks, model.encoder_layers + model.n_layers)
+    saved = saved_bytes(
+        model,
+        vocabulary,
+        per_sample,
+        width,
+        micro_batch_targets=samples * per_sample,
+        on_cpu=on_cpu,
+        recomputed=recomputed,
+        loss_in_chunks=options.loss_chunk is not None,
+        tensor_parallel=options.tensor_parallel,
+    )
+    passing = passing_bytes(
+        model, vocabulary, samples, per_sample, width, on_cpu, recomputed, options.loss_chunk, options.tensor_parallel
+    )
     device = {
         **state.device,
-        "communication buckets": buckets,
+        "communication buckets": _buckets(config, vocabulary, total, parameters),
         "activations": samples * saved.total,
-        "logits and their gradient": logits_bytes(config.model, vocabulary, targets, width),
+        "logits, gradients and recomputation in passing": passing,
         "reserve": config.plan.reserve_gib * GIB,
     }
     return RankMemory({name: size for name, size in device.items() if size}, state.host)
 
 
+def _buckets(config: RunConfig, vocabulary: Vocabulary, total: int, parameters: float) -> float:
+    options, width = config.parallel, element_bytes(config.parallel)
+    if options.zero_stage == 0:
+        return 0.0
+    zero = deepspeed_config(options, config.cluster.workers, total)["zero_optimization"]
+    if options.zero_stage < 3:
+        return width * (zero["reduce_bucket_size"] + zero["allgather_bucket_size"])
+    gathered = zero["stage3_prefetch_bucket_size"] + largest_parameter(config.model, vocabulary)
+    return width * (zero["reduce_bucket_size"] + min(gathered, parameters))
+
+
 def suggestions(config: RunConfig, vocabulary: Vocabulary) -> list[tuple[str, RankMemory]]:
     """Changes that fit, in words for --set, with the memory they need.
 
-    The mildest of each kind: a higher ZeRO stage, a smaller micro batch, more workers; if no single one fits, a stage
-    and a micro batch together. Empty when nothing does.
+    The mildest of each kind: a higher ZeRO stage, recomputed blocks, a smaller micro batch, more workers; if no single
+    one fits, a stage and a micro batch together. Empty when nothing does.
     """
-    single = [_first_fitting(kind(config), vocabulary) for kind in (_stages, _micro_batches, _workers)]
+    kinds = (_stages, _recomputation, _micro_batches, _workers)
+    single = [_first_fitting(kind(config), vocabulary) for kind in kinds]
     found = [suggestion for suggestion in single if suggestion is not None]
     if not found:
         both = _first_fitting(_stages_and_micro_batches(config), vocabulary)
@@ -118,6 +152,11 @@ def _stages(config: RunConfig) -> Variants:
     for stage in (1, 2, 3):
         if stage > config.parallel.zero_stage:
             yield f"parallel.zero_stage={stage}", _with(config, zero_stage=stage)
+
+
+def _recomputation(config: RunConfig) -> Variants:
+    if config.parallel.checkpoint_blocks != "all":
+        yield "parallel.checkpoint_blocks=all", _with(config, checkpoint_blocks="all")
 
 
 def _micro_batches(config: RunConfig) -> Variants:

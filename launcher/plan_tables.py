@@ -115,6 +115,7 @@ def _memory(plan: Plan) -> Table:
         f"{plan.workers} ranks, ZeRO stage {plan.zero_stage}, {plan.element_bytes} bytes a weight",
         f"{total / GIB:.1f} of {plan.device_memory_gib:g} GiB: {verdict}",
     ]
+    notes += plan.layout
     if plan.memory.host:
         notes.append(
             f"{plan.memory.host / GIB:.2f} GiB of offloaded optimizer state in the host's memory for each rank"

@@ -8,6 +8,7 @@ too, and attention masks in fp32. Dropout masks, allocator rounding and kernels'
 Legend: d = d_model, D = context width, C = concatenated feature width, P = context positions, L = SID levels.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from onetrain.model.flops import target_tokens
@@ -52,18 +53,6 @@ def kv_elements(options: ModelOptions, positions: float, levels: int) -> float:
     return options.d_context * positions
 
 
-def logits_bytes(options: ModelOptions, vocabulary: Vocabulary, targets: float, element_bytes: int) -> float:
-    """Bytes of logits beside what autograd saves, at the beginning of the backward pass.
-
-    The model's logits are kept until the loss is done with them; the largest level's gradient exists in fp32 and in
-    the logits' own precision.
-    """
-    codes = list(vocabulary.codes)
-    modules = range(1, vocabulary.levels) if options.mtp.enabled else ()
-    kept = sum(codes) + sum(sum(codes[module:]) for module in modules)
-    return targets * (kept * element_bytes + max(codes) * (WIDE_BYTES + element_bytes))
-
-
 def saved_bytes(
     options: ModelOptions,
     vocabulary: Vocabulary,
@@ -71,41 +60,101 @@ def saved_bytes(
     element_bytes: int = 2,
     micro_batch_targets: float | None = None,
     on_cpu: bool = False,
+    recomputed: Collection[int] = (),
+    loss_in_chunks: bool = False,
+    tensor_parallel: int = 1,
 ) -> SavedBytes:
     """What one sample of `targets` targets keeps.
 
     Args: `element_bytes` of weights and hidden states (2 for bf16); `micro_batch_targets` that the contrastive loss
-    compares with each other, by default the sample's own; `on_cpu` for the CPU's kernels.
+    compares with each other, by default the sample's own; `on_cpu` for the CPU's kernels; `recomputed` blocks keep
+    their input only (the encoder's blocks count first); with `loss_in_chunks` no logits are kept; `tensor_parallel`
+    ranks share the heads of attention, hidden units and codes.
     """
     if micro_batch_targets is None:
         micro_batch_targets = targets
-    count = _Counter(options, vocabulary, element_bytes, on_cpu)
+    count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel)
     parts = {"context": count.context()}
+    head = 0.0 if loss_in_chunks else count.heads(0)
+    kept = options.n_layers - sum(index >= options.encoder_layers for index in recomputed)
     if options.architecture == "decoder_only":
-        parts["blocks"] = count.decoder_only(targets)
-        parts["heads"] = targets * count.heads(0)
+        length = count.positions + vocabulary.levels * targets
+        blocks = [count.self_block(block, length) for block in range(options.n_layers)]
+        parts["blocks"] = count.over_blocks(blocks, recomputed, 0, length) + count.decoder_only_states(targets)
+        parts["heads"] = targets * head
         return SavedBytes(parts)
-    tokens = target_tokens(options, vocabulary.levels)
-    parts["encoder"] = count.encoder()
+    tokens, first = target_tokens(options, vocabulary.levels), options.encoder_layers
+    parts["encoder"] = count.encoder(recomputed)
     parts["cross_kv"] = count.cross_kv()
-    parts["cross"] = targets * tokens * options.n_layers * count.cross()
-    parts["self"] = targets * tokens * options.n_layers * count.self_attention()
-    parts["ffn"] = targets * tokens * sum(count.ffn(options.is_sparse(block)) for block in range(options.n_layers))
-    parts["heads"] = targets * (tokens * options.d_model * element_bytes + count.heads(0))
-    parts["mtp"] = targets * count.mtp() if options.mtp.enabled else 0.0
+    inputs = targets * tokens * (options.n_layers - kept) * options.d_model * element_bytes
+    parts["cross"] = targets * tokens * kept * count.cross() + inputs
+    parts["self"] = targets * tokens * kept * count.self_attention()
+    parts["ffn"] = (
+        targets
+        * tokens
+        * sum(
+            count.ffn(options.is_sparse(block)) for block in range(options.n_layers) if first + block not in recomputed
+        )
+    )
+    parts["heads"] = targets * (tokens * options.d_model * element_bytes + head)
+    parts["mtp"] = targets * count.mtp(loss_in_chunks) if options.mtp.enabled else 0.0
     contrastive = options.contrastive.weight > 0
     parts["contrastive"] = targets * count.contrastive(micro_batch_targets) if contrastive else 0.0
     return SavedBytes(parts)
 
 
+def passing_bytes(
+    options: ModelOptions,
+    vocabulary: Vocabulary,
+    rows: float,
+    targets: float,
+    element_bytes: int = 2,
+    on_cpu: bool = False,
+    recomputed: Collection[int] = (),
+    loss_chunk: int | None = None,
+    tensor_parallel: int = 1,
+) -> float:
+    """What a micro batch of `rows` samples of `targets` targets needs for a moment of its backward pass, on top of what
+    is saved: the larger of what the loss needs, and what a block does.
+
+    The loss: two fp32 gradients of one level's logits; in chunks, a chunk's logits, probabilities and gradients, while
+    a head's gradient is added up. A block: what it computes again, and the gradients of its FFN's hidden units; by then
+    the heads' probabilities are gone.
+    """
+    count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel)
+    codes = max(vocabulary.codes) / tensor_parallel
+    decoder_only = options.architecture == "decoder_only"
+    length = count.positions + vocabulary.levels * targets
+    tokens = rows * (length if decoder_only else targets * target_tokens(options, vocabulary.levels))
+    if loss_chunk is None:
+        loss, gone = rows * targets * codes * 2 * WIDE_BYTES, rows * targets * count.probabilities()
+    else:
+        alive = min(loss_chunk, rows * targets) * codes * (3 * WIDE_BYTES + element_bytes)
+        loss, gone = alive + 2 * options.d_model * codes * element_bytes, 0.0
+    blocks = []
+    for block in range(options.n_layers):
+        again = 0.0
+        if options.encoder_layers + block in recomputed:
+            whole = count.self_block(block, length) / length if decoder_only else count.block(block)
+            again = whole - options.d_model * element_bytes
+        blocks.append(tokens * (again + count.hidden_gradients(options.is_sparse(block))))
+    for block in range(options.encoder_layers):
+        again = count.encoder_block() - options.d_model * element_bytes if block in recomputed else 0.0
+        blocks.append(rows * count.positions * (again + count.hidden_gradients(False)))
+    return max(loss, max(blocks) - gone)
+
+
 class _Counter:
     """Bytes per token, position or row; `norm` is what an RMSNorm keeps beside its input.
 
-    After QK-norm the CPU's attention kernel also gives an output that the next layer must copy.
+    After QK-norm the CPU's attention kernel also gives an output that the next layer must copy. `ranks` share the
+    heads of attention, hidden units and codes.
     """
 
-    def __init__(self, options: ModelOptions, vocabulary: Vocabulary, element: int, on_cpu: bool) -> None:
-        self.options, self.vocabulary, self.element = options, vocabulary, element
+    def __init__(
+        self, options: ModelOptions, vocabulary: Vocabulary, element: int, on_cpu: bool, ranks: int = 1
+    ) -> None:
+        self.options, self.vocabulary, self.element, self.ranks = options, vocabulary, element, ranks
         self.norm = 1 if on_cpu else 0
         self.mask = WIDE_BYTES if on_cpu else element
         self.positions = context_positions(options, vocabulary)
@@ -113,15 +162,15 @@ class _Counter:
     def cross(self) -> float:
         """Of one token in one block: residual, its norm, query, output; mask and statistics of the attention."""
         options = self.options
-        width = 4 + self.norm + options.qk_norm * (1 + 2 * self.norm) + 2 * options.output_gate
-        statistics = 1 + options.n_heads * (1 + options.qk_norm)
+        width = 2 + self.norm + (2 + options.qk_norm * (1 + 2 * self.norm) + 2 * options.output_gate) / self.ranks
+        statistics = 1 + options.n_heads * (1 + options.qk_norm) / self.ranks
         return width * options.d_model * self.element + self.positions * self.mask + statistics * WIDE_BYTES
 
     def self_attention(self) -> float:
         """Of one token in one block: residual, its norm, query, key and value, output."""
         options = self.options
-        width = 6 + self.norm + options.qk_norm * (2 + 3 * self.norm) + 2 * options.output_gate
-        statistics = 1 + options.n_heads * (1 + 2 * options.qk_norm)
+        width = 2 + self.norm + (4 + options.qk_norm * (2 + 3 * self.norm) + 2 * options.output_gate) / self.ranks
+        statistics = 1 + options.n_heads * (1 + 2 * options.qk_norm) / self.ranks
         return width * options.d_model * self.element + statistics * WIDE_BYTES
 
     def ffn(self, sparse: bool) -> float:
@@ -129,18 +178,48 @@ class _Counter:
         options, moe = self.options, self.options.moe
         residual = (2 + self.norm) * options.d_model
         if not sparse:
-            return (residual + 4 * options.ffn_width) * self.element + WIDE_BYTES
+            return (residual + 4 * options.ffn_width / self.ranks) * self.element + WIDE_BYTES
         experts = moe.top_k * (3 * options.d_model + 4 * options.expert_width) + moe.shared * 4 * options.expert_width
         routing = moe.experts * WIDE_BYTES + 3 * moe.top_k * ID_BYTES
         return (residual + experts) * self.element + routing + WIDE_BYTES
+
+    def block(self, block: int) -> float:
+        """Of one token in one block of the decoder."""
+        return self.cross() + self.self_attention() + self.ffn(self.options.is_sparse(block))
+
+    def self_block(self, block: int, length: float) -> float:
+        """Of one row in one block of decoder_only, whose mask is one square."""
+        return length * (self.self_attention() + self.ffn(self.options.is_sparse(block)) + length * self.mask)
+
+    def encoder_block(self) -> float:
+        """Of one position in one block of the encoder."""
+        return self.self_attention() + self.ffn(sparse=False)
+
+    def over_blocks(self, bytes_of: list[float], recomputed: Collection[int], first: int, tokens: float) -> float:
+        """Blocks from index `first` on: what each keeps, or its input of `tokens` tokens where it recomputes."""
+        inputs = tokens * self.options.d_model * self.element
+        return sum(inputs if first + i in recomputed else size for i, size in enumerate(bytes_of))
+
+    def hidden_gradients(self, sparse: bool) -> float:
+        """Of one token: gradients of an FFN's gate, up, silu and product, which exist at once."""
+        options, moe = self.options, self.options.moe
+        width = options.ffn_width / self.ranks
+        if sparse:
+            width = max(moe.top_k, moe.shared) * options.expert_width
+        return 4 * width * self.element
 
     def heads(self, first: int) -> float:
         """Of one target: normed states and probabilities of the levels from `first` on."""
         codes = self.vocabulary.codes[first:]
         normed = len(codes) * (1 + self.norm) * self.options.d_model * self.element
-        return normed + (len(codes) + sum(codes)) * WIDE_BYTES
+        return normed + (len(codes) + sum(codes) / self.ranks) * WIDE_BYTES
 
-    def mtp(self) -> float:
+    def probabilities(self) -> float:
+        """Of one target, of all levels and MTP modules."""
+        levels = self.vocabulary.levels if self.options.mtp.enabled else 1
+        return sum(sum(self.vocabulary.codes[first:]) for first in range(levels)) / self.ranks * WIDE_BYTES
+
+    def mtp(self, loss_in_chunks: bool) -> float:
         """Of one target: fusion, the first block's attention, FFN and heads of every module."""
         d, levels, total = self.options.d_model, self.vocabulary.levels, 0.0
         for module in range(1, levels):
@@ -148,7 +227,7 @@ class _Counter:
             fusion = (2 + 2 * self.norm + 1) * d * self.element  # its input, and the state that the module gives
             total += tokens * (fusion + 2 * WIDE_BYTES + self.cross() + self.self_attention() + self.ffn(sparse=False))
             total += self.options.mtp.attend_bos * 2 * (tokens + 1) * d * self.element
-            total += self.heads(module)
+            total += 0.0 if loss_in_chunks else self.heads(module)
         return total
 
     def contrastive(self, micro_batch_targets: float) -> float:
@@ -198,24 +277,23 @@ class _Counter:
         if options.cross_attention == "shared_kv":
             return 0.0
         width = 2 + options.qk_norm * (1 + self.norm)
-        per_position = options.kv_groups * (width * options.d_head * self.element + options.qk_norm * WIDE_BYTES)
+        groups = options.kv_groups / (self.ranks if options.kv_groups % self.ranks == 0 else 1)
+        per_position = groups * (width * options.d_head * self.element + options.qk_norm * WIDE_BYTES)
         return options.n_layers * self.positions * per_position
 
-    def encoder(self) -> float:
+    def encoder(self, recomputed: Collection[int]) -> float:
         """Of one row: the encoder's blocks and its final norm."""
         options = self.options
         if options.encoder_layers == 0:
             return 0.0
-        per_position = options.encoder_layers * (self.self_attention() + self.ffn(sparse=False))
-        return self.positions * (per_position + (2 + self.norm) * options.d_model * self.element + WIDE_BYTES)
+        blocks = [self.positions * self.encoder_block()] * options.encoder_layers
+        norm = self.positions * ((2 + self.norm) * options.d_model * self.element + WIDE_BYTES)
+        return self.over_blocks(blocks, recomputed, 0, self.positions) + norm
 
-    def decoder_only(self, targets: float) -> float:
-        """Of one row: all blocks over context and targets, whose mask is one square for each block."""
-        options, tokens = self.options, self.vocabulary.levels * targets
-        length = self.positions + tokens
-        per_token = sum(self.self_attention() + self.ffn(options.is_sparse(block)) for block in range(options.n_layers))
-        states = (length + tokens) * options.d_model * self.element
-        return length * (per_token + options.n_layers * length * self.mask) + states
+    def decoder_only_states(self, targets: float) -> float:
+        """Of one row: what the blocks give, and the targets' part of it."""
+        tokens = self.vocabulary.levels * targets
+        return (self.positions + 2 * tokens) * self.options.d_model * self.element
 
     def _read_by(self, former: QueryFormerOptions) -> int:
         """Elements of one position that a Query-Former reads: it, its norm, and each block's key and value."""

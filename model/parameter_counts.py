@@ -70,6 +70,33 @@ def parameter_counts(options: ModelOptions, vocabulary: Vocabulary) -> Parameter
     return ParameterCounts(total, active)
 
 
+def expert_parameters(options: ModelOptions, expert_parallel: int = 1) -> int:
+    """Routed experts that one of `expert_parallel` ranks holds, those included that pad their number to a multiple."""
+    sparse = sum(options.is_sparse(block) for block in range(options.n_layers))
+    return sparse * -(-options.moe.experts // expert_parallel) * swiglu(options.d_model, options.expert_width)
+
+
+def tensor_parallel_parameters(options: ModelOptions, vocabulary: Vocabulary, ranks: int, min_rows: int) -> float:
+    """Parameters of a dense model that one of `ranks` ranks holds: of attention, FFNs, heads and tables of `min_rows`
+    rows and more its part, everything else whole; without padding.
+    """
+    d, layers, codes = options.d_model, options.n_layers, vocabulary.codes
+    swiglus, selves = layers + options.encoder_layers, layers + options.encoder_layers
+    swiglus += (vocabulary.levels - 1) * options.mtp.enabled
+    cut = swiglus * swiglu(d, options.ffn_width) + selves * (4 + options.output_gate) * d * d + d * sum(codes)
+    if options.architecture != "decoder_only":
+        cut += layers * (2 + options.output_gate) * d * d
+        if options.cross_attention == "projected_kv" and options.kv_groups % ranks == 0:
+            cut += layers * 2 * d * options.kv_groups * options.d_head
+    contrastive = options.contrastive.weight > 0
+    tables = [(size, d) for size in (codes if contrastive else codes[:-1])]
+    for names, sizes in ((options.features, vocabulary.features), (options.user_features, vocabulary.user_features)):
+        tables += [(table_rows(name, sizes, options), options.width_of(name)) for name in names if name != "sid"]
+    tables += [(size, options.width_of("sid")) for size in codes if "sid" in options.features]
+    cut += sum(rows * width for rows, width in tables if rows >= min_rows)
+    return parameter_counts(options, vocabulary).total - cut * (1 - 1 / ranks)
+
+
 def largest_parameter(options: ModelOptions, vocabulary: Vocabulary) -> int:
     """Elements of the largest single tensor: a table, a fused FFN matrix, one matrix of all experts, or a head."""
     d, codes = options.d_model, max(vocabulary.codes)

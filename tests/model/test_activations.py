@@ -4,17 +4,19 @@ import pytest
 import torch
 from random_models import full_inputs, random_options
 
-from onetrain.model.activations import context_positions, kv_elements, logits_bytes, saved_bytes
+from onetrain.model.activations import context_positions, kv_elements, passing_bytes, saved_bytes
 from onetrain.model.build import build
 from onetrain.model.loss import training_loss
-from onetrain.model.options import ModelOptions, MTPOptions, Vocabulary
+from onetrain.model.options import ModelOptions, MoEOptions, Vocabulary
 from onetrain.model.presets import PRESETS, preset, vocabulary
+from onetrain.parallel import activation_checkpointing
 
 
-def saved_by_autograd(options, vocab, rows, slots):
+def saved_by_autograd(options, vocab, rows, slots, recomputed=(), chunk=None):
     """Bytes of all storages that a forward pass saves, without the parameters'."""
     torch.manual_seed(0)
     model = build(options, vocab)
+    activation_checkpointing.apply(model, recomputed)
     context, targets = full_inputs(options, vocab, rows, slots)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -26,14 +28,14 @@ def saved_by_autograd(options, vocab, rows, slots):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = training_loss(model(context, targets), options).loss
+        loss = training_loss(model(context, targets), options, chunk).loss
     total = sum(storage.nbytes() for storage in kept.values())
     loss.backward()
     return total
 
 
-def estimate(options, vocab, rows, slots):
-    return rows * saved_bytes(options, vocab, slots, 4, rows * slots, on_cpu=True).total
+def estimate(options, vocab, rows, slots, **changes):
+    return rows * saved_bytes(options, vocab, slots, 4, rows * slots, on_cpu=True, **changes).total
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -67,12 +69,32 @@ def test_keys_and_values_are_those_of_the_built_model(seed):
     assert sum(distinct.values()) == rows * kv_elements(options, positions, levels)
 
 
+@pytest.mark.parametrize("recomputed", [(), (1,), (0, 2)])  # the hooks see the context's keys where a block keeps them
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_recomputed_blocks_keep_their_input_and_chunks_no_logits(recomputed, chunk, experts):
+    moe = MoEOptions(experts=experts, d_expert=24, first_dense=1)
+    options = ModelOptions(d_model=48, n_heads=3, n_layers=3, moe=moe)
+    vocab = Vocabulary(codes=(300, 200, 100), features={}, pathways={"history": 12})
+    found = saved_by_autograd(options, vocab, 8, 3, recomputed, chunk)
+    estimated = estimate(options, vocab, 8, 3, recomputed=recomputed, loss_in_chunks=chunk is not None)
+    assert estimated == pytest.approx(found, rel=0.03)
+
+
 def test_probabilities_and_logits_of_a_large_vocabulary():
-    """1000 targets of 3 x 8192 codes: fp32 probabilities saved; bf16 logits and one level's gradient beside them."""
+    """1000 targets of 3 x 8192 codes: fp32 probabilities saved, and beside them two gradients of one level or chunk."""
     options = ModelOptions(d_model=8, n_heads=1, n_layers=1)
     vocab = Vocabulary(codes=(8192,) * 3, features={}, pathways={"history": 4})
     saved = saved_bytes(options, vocab, 1000)
     assert saved.parts["heads"] == pytest.approx(1000 * 3 * 8192 * 4, rel=0.01)
-    assert logits_bytes(options, vocab, 1000, 2) == 1000 * (3 * 8192 * 2 + 8192 * 6)
-    lite = ModelOptions(d_model=8, n_heads=1, n_layers=1, mtp=MTPOptions(enabled=True))
-    assert logits_bytes(lite, vocab, 1000, 2) == 1000 * (6 * 8192 * 2 + 8192 * 6)
+    assert passing_bytes(options, vocab, 10, 100, 2) == 1000 * 8192 * 2 * 4
+    assert saved_bytes(options, vocab, 1000, loss_in_chunks=True).parts["heads"] == 1000 * 3 * 8 * 2
+    assert passing_bytes(options, vocab, 10, 100, 2, loss_chunk=50) == 50 * 8192 * 14 + 2 * 8192 * 8 * 2
+
+
+def test_a_recomputed_block_is_needed_while_its_gradient_is_computed():
+    options = ModelOptions(d_model=64, n_heads=1, n_layers=4)
+    vocab = Vocabulary(codes=(4,) * 3, features={}, pathways={"history": 4})
+    plain, recomputing = (passing_bytes(options, vocab, 10, 5, 4, recomputed=blocks) for blocks in ((), (2,)))
+    whole, less = (saved_bytes(options, vocab, 5, 4, recomputed=blocks).total for blocks in ((), (2,)))
+    assert recomputing - plain == pytest.approx(10 * (whole - less))
