@@ -118,11 +118,12 @@ def check_mix(options: ParallelOptions, model: ModelOptions | None = None) -> No
 
 def nearest(mix: Mix) -> list[dict[str, object]]:
     """The smallest sets of options to change, with their new values, so that no rule refuses the mix."""
+    stages = sorted(STAGES, key=lambda stage: abs(stage - mix.zero_stage))
     choices: dict[str, list[object]] = {
         "context_parallel": [False],
         "expert_parallel": [False],
         "tensor_parallel": [False],
-        "zero_stage": sorted(STAGES, key=lambda stage: abs(stage - mix.zero_stage)),
+        "zero_stage": [*stages],
         "precision": ["fp32"],
         "offload_optimizer": [False],
         "checkpoint_blocks": [False],
