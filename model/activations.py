@@ -156,32 +156,42 @@ class _Counter:
     ) -> None:
         self.options, self.vocabulary, self.element, self.ranks = options, vocabulary, element, ranks
         self.norm = 1 if on_cpu else 0
+        self.state = WIDE_BYTES if on_cpu else element  # inputs of norms and attention, which the CPU copies to fp32
+        self.copy = self.state if self.state > element else 0  # what it keeps beside the original
         self.mask = WIDE_BYTES if on_cpu else element
         self.positions = context_positions(options, vocabulary)
 
     def cross(self) -> float:
         """Of one token in one block: residual, its norm, query, output; mask and statistics of the attention."""
         options = self.options
-        width = 2 + self.norm + (2 + options.qk_norm * (1 + 2 * self.norm) + 2 * options.output_gate) / self.ranks
+        attention = self.state + self.element + self.copy + options.qk_norm * (1 + 2 * self.norm) * self.state
+        width = self.normed() + (attention + 2 * options.output_gate * self.element) / self.ranks
         statistics = 1 + options.n_heads * (1 + options.qk_norm) / self.ranks
-        return width * options.d_model * self.element + self.positions * self.mask + statistics * WIDE_BYTES
+        return width * options.d_model + self.positions * self.mask + statistics * WIDE_BYTES
 
     def self_attention(self) -> float:
         """Of one token in one block: residual, its norm, query, key and value, output."""
         options = self.options
-        width = 2 + self.norm + (4 + options.qk_norm * (2 + 3 * self.norm) + 2 * options.output_gate) / self.ranks
+        attention = 3 * self.state + self.element + self.copy + options.qk_norm * (2 + 3 * self.norm) * self.state
+        width = self.normed() + (attention + 2 * options.output_gate * self.element) / self.ranks
         statistics = 1 + options.n_heads * (1 + 2 * options.qk_norm) / self.ranks
-        return width * options.d_model * self.element + statistics * WIDE_BYTES
+        return width * options.d_model + statistics * WIDE_BYTES
+
+    def normed(self) -> float:
+        """Of one element of a residual stream: it, what its norm keeps, and the norm's output."""
+        return (1 + self.norm) * self.state + self.element
 
     def ffn(self, sparse: bool) -> float:
         """Of one token in one block: residual, its norm, and gate, up, silu and product of every expert."""
         options, moe = self.options, self.options.moe
-        residual = (2 + self.norm) * options.d_model
+        residual = self.normed() * options.d_model
         if not sparse:
-            return (residual + 4 * options.ffn_width / self.ranks) * self.element + WIDE_BYTES
+            return residual + 4 * options.ffn_width / self.ranks * self.element + WIDE_BYTES
         experts = moe.top_k * (3 * options.d_model + 4 * options.expert_width) + moe.shared * 4 * options.expert_width
         routing = moe.experts * WIDE_BYTES + 3 * moe.top_k * ID_BYTES
-        return (residual + experts) * self.element + routing + WIDE_BYTES
+        if self.element < WIDE_BYTES:
+            routing += options.d_model * WIDE_BYTES  # the router's input
+        return residual + experts * self.element + routing + WIDE_BYTES
 
     def block(self, block: int) -> float:
         """Of one token in one block of the decoder."""
@@ -211,7 +221,7 @@ class _Counter:
     def heads(self, first: int) -> float:
         """Of one target: normed states and probabilities of the levels from `first` on."""
         codes = self.vocabulary.codes[first:]
-        normed = len(codes) * (1 + self.norm) * self.options.d_model * self.element
+        normed = len(codes) * (self.element + self.norm * self.state + self.copy) * self.options.d_model
         return normed + (len(codes) + sum(codes) / self.ranks) * WIDE_BYTES
 
     def probabilities(self) -> float:
@@ -255,7 +265,7 @@ class _Counter:
             inner = out if former is None else former.width
             event = width + 2 * inner * mlp
             if former is None:
-                event += (1 + self.norm) * out
+                other += length * per_event * (1 + self.norm) * out * self.state
             else:
                 event += self._read_by(former)
                 elements += former.queries * (former.width + (1 + self.norm) * out)
@@ -265,7 +275,7 @@ class _Counter:
                 elements += length * (time + 2 * width)
             other += length * (ids * ID_BYTES + per_event * WIDE_BYTES)
         if options.architecture == "lazy_decoder" and options.cross_attention == "shared_kv":
-            elements += self.positions * (2 + self.norm) * out  # all positions as the norms' input, and their output
+            other += self.positions * (2 + self.norm) * out * self.state  # all as the norms' input, and their output
             other += self.positions * options.l_kv * options.s_kv * WIDE_BYTES
         elif options.architecture == "lazy_decoder":
             elements += self.positions * out  # input of every block's projections; else the first block counts it

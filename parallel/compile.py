@@ -1,22 +1,18 @@
 """torch.compile of every block, from outside: names and parameters stay as they are.
 
 Applied after activation checkpointing, so that what a block recomputes is compiled as well. Blocks with experts are
-refused: torch 2.13 cannot trace grouped products of fp32, and the loads of a step are of another size every time.
+refused (support.py): torch 2.13 cannot trace grouped products of fp32, and loads are of another size at every step.
 """
 
+import torch._functorch.config
 from torch import nn
 
-from onetrain.model.moe import routers
 from onetrain.parallel.activation_checkpointing import model_blocks
-from onetrain.parallel.errors import ParallelError
 
 
 def apply(model: nn.Module) -> None:
-    """Compiles each block of `model` at its first forward pass. Raises ParallelError for a model with experts."""
-    if routers(model):
-        raise ParallelError(
-            "parallel.compile works for dense blocks only, and the model has experts: set parallel.compile to false, "
-            "or model.moe.experts to 0."
-        )
+    """Compiles each block of `model` at its first forward pass."""
+    # Keys and values leave a block as views; replaying how they were made reads freed sizes in torch 2.13 on CPU.
+    torch._functorch.config.view_replay_for_aliased_outputs = False
     for block in model_blocks(model):
         block.compile()

@@ -12,10 +12,10 @@ from onetrain.model.presets import PRESETS, preset, vocabulary
 from onetrain.parallel import activation_checkpointing
 
 
-def saved_by_autograd(options, vocab, rows, slots, recomputed=(), chunk=None):
+def saved_by_autograd(options, vocab, rows, slots, recomputed=(), chunk=None, dtype=torch.float32):
     """Bytes of all storages that a forward pass saves, without the parameters'."""
     torch.manual_seed(0)
-    model = build(options, vocab)
+    model = build(options, vocab).to(dtype)
     activation_checkpointing.apply(model, recomputed)
     context, targets = full_inputs(options, vocab, rows, slots)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -79,6 +79,15 @@ def test_recomputed_blocks_keep_their_input_and_chunks_no_logits(recomputed, chu
     found = saved_by_autograd(options, vocab, 8, 3, recomputed, chunk)
     estimated = estimate(options, vocab, 8, 3, recomputed=recomputed, loss_in_chunks=chunk is not None)
     assert estimated == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_half_precision_saves_fp32_copies_for_the_cpu(experts):
+    moe = MoEOptions(experts=experts, d_expert=64, first_dense=1)
+    options = ModelOptions(d_model=96, n_heads=3, n_layers=3, moe=moe)
+    vocab = Vocabulary(codes=(300, 200, 100), features={}, pathways={"history": 12})
+    found = saved_by_autograd(options, vocab, 8, 3, dtype=torch.bfloat16)
+    assert 8 * saved_bytes(options, vocab, 3, 2, 24, on_cpu=True).total == pytest.approx(found, rel=0.05)
 
 
 def test_probabilities_and_logits_of_a_large_vocabulary():
