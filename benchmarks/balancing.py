@@ -148,8 +148,10 @@ def main() -> None:
                 spread([result["valid_loss"] for result in results]),
             ]
         )
-    columns = ["bias_rate", "load, first steps", "load, last steps", f"below {BALANCED} from", "train loss", "valid loss"]
-    print_table(f"{base.name}: largest expert load over the ideal, {arguments.steps} steps", columns, rows)
+    columns = ["bias_rate", "load, first steps", "load, last steps", f"below {BALANCED} from", "train loss"]
+    print_table(
+        f"{base.name}: largest expert load over the ideal, {arguments.steps} steps", [*columns, "valid loss"], rows
+    )
     folder = Path("runs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     record = {"arms": {str(rate): results for rate, results in arms.items()}, "environment": environment()}

@@ -68,7 +68,7 @@ def state_bytes(
     moments = MOMENTS[optimizer.name] * FP32 * (parameters if stage == 0 else share)
     device = {"weights": weights, "gradients": gradients}
     if options.offload_optimizer:
-        return RankMemory(device, host=masters + moments)
+        return RankMemory(device, host=masters + moments + FP32 * share)  # and the gradients that the update reads
     return RankMemory({**device, "fp32 master weights": masters, "optimizer moments": moments})
 
 
@@ -108,14 +108,22 @@ def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False)
         "logits, gradients and recomputation in passing": passing,
         "reserve": config.plan.reserve_gib * GIB,
     }
-    return RankMemory({name: size for name, size in device.items() if size}, state.host)
+    host = state.host
+    if options.offload_optimizer and options.zero_stage < 3:  # there gradients are copied parameter by parameter
+        largest = width * largest_parameter(model, vocabulary)
+        device["communication buckets"] += largest
+        host += largest
+        if mesh.accumulation_steps > 1:
+            host += width * parameters / mesh.data_parallel
+    return RankMemory({name: size for name, size in device.items() if size}, host)
 
 
 def _buckets(config: RunConfig, vocabulary: Vocabulary, total: int, parameters: float) -> float:
     options, width = config.parallel, element_bytes(config.parallel)
     if options.zero_stage == 0:
         return 0.0
-    zero = deepspeed_config(options, config.cluster.workers, total)["zero_optimization"]
+    mesh = Mesh.plan(config.cluster.workers, options, config.model)
+    zero = deepspeed_config(options, mesh, total)["zero_optimization"]
     if options.zero_stage < 3:
         return width * (zero["reduce_bucket_size"] + zero["allgather_bucket_size"])
     gathered = zero["stage3_prefetch_bucket_size"] + largest_parameter(config.model, vocabulary)

@@ -7,6 +7,7 @@ from typing import Any
 
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
+from onetrain.model.options import ContrastiveOptions, MoEOptions, MTPOptions
 
 ORDER_KEYS = ("max_context", "request_by", "share_context", "target_behaviours", "min_context")
 MAY_CHANGE = {  # of the model: regularisation, initial values, weights and details of losses
@@ -19,6 +20,14 @@ MAY_CHANGE = {  # of the model: regularisation, initial values, weights and deta
     "weight",
     "temperature",
     "logq",
+    "bias_rate",
+    "sequence_loss",
+    "z_loss",
+}
+SECTIONS: dict[str, MTPOptions | ContrastiveOptions | MoEOptions] = {
+    "mtp": MTPOptions(),
+    "contrastive": ContrastiveOptions(),
+    "moe": MoEOptions(),
 }
 Json = dict[str, Any]
 
@@ -56,9 +65,9 @@ def check_model(saved: Json, config: RunConfig, checkpoint: Path) -> None:
 def _network(config: Json) -> Json:
     """The keys that the network's function depends on; the order of pathways counts."""
     keys = {f"model.{key}": value for key, value in config["model"].items() if key not in MAY_CHANGE}
-    for section in ("mtp", "contrastive"):
-        inner = config["model"].get(section, {})
-        keys[f"model.{section}"] = {key: value for key, value in inner.items() if key not in MAY_CHANGE}
+    for name, defaults in SECTIONS.items():
+        inner = _as_json(asdict(defaults)) | config["model"].get(name, {})  # an older version knew fewer keys
+        keys[f"model.{name}"] = {key: value for key, value in inner.items() if key not in MAY_CHANGE}
     keys["batch.pathways"] = list(map(list, config["batch"].get("pathways", {}).items()))
     return keys
 

@@ -5,7 +5,7 @@ Legend: R rows (targets; for decoder-only, context rows), S tokens per row, M = 
 K of them for each token, C = M * K choices, sorted by expert, D width, W hidden width of an expert.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,8 @@ class SparseFFN(nn.Module):
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
     """(..., D) to (..., E), in fp32 at least: in bf16 close scores would tie."""
-    return F.linear(_wide(x), _wide(weight_ED))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(_wide(x), _wide(weight_ED))
 
 
 def route(
@@ -171,10 +172,32 @@ def _grouped_linear(x_CI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
     """Every row times the matrix of its expert; `end_E` is where each expert's rows end."""
     strides = (size * x_CI.element_size() for size in weight_EOI.shape[1:])
     if x_CI.dtype != torch.float64 and all(stride % 16 == 0 for stride in strides):
-        return F.grouped_mm(x_CI, weight_EOI.transpose(1, 2), offs=end_E)
+        return _GroupedLinear.apply(x_CI, weight_EOI, end_E)
     # what grouped_mm refuses: float64, and rows that do not start at multiples of 16 bytes
     counts = end_E.diff(prepend=end_E.new_zeros(1)).tolist()
     return torch.cat([F.linear(part, weight) for part, weight in zip(x_CI.split(counts), weight_EOI, strict=True)])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """`grouped_mm` that keeps the weight itself for the backward pass and no view of it: an engine that takes weights
+    away between the passes (ZeRO-3) can then free them, as it does those of linear layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_CI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_CI, weight_EOI, end_E)
+        return F.grouped_mm(x_CI, weight_EOI.transpose(1, 2), offs=end_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_CO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_CI, weight_EOI, end_E = ctx.saved_tensors
+        grad_CO = grad_CO.contiguous()
+        of_x, of_weight, _ = ctx.needs_input_grad
+        return (
+            F.grouped_mm(grad_CO, weight_EOI, offs=end_E) if of_x else None,
+            F.grouped_mm(grad_CO.t(), x_CI, offs=end_E) if of_weight else None,
+            None,
+        )
 
 
 def _only_best_groups(choice_RSE: Tensor, options: MoEOptions) -> Tensor:

@@ -113,10 +113,10 @@ class MoEOptions:
                 f"model.moe.groups {self.groups} must divide model.moe.experts {self.experts}, and "
                 f"model.moe.top_groups {self.top_groups} be at most model.moe.groups"
             )
-        if self.experts and self.top_k > self.top_groups * self.experts // self.groups:
+        eligible = self.top_groups * self.experts // self.groups
+        if self.experts and self.top_k > eligible:
             raise ValueError(
-                f"model.moe.top_k {self.top_k} is more than the {self.top_groups * self.experts // self.groups} experts "
-                "of model.moe.top_groups groups"
+                f"model.moe.top_k {self.top_k} is more than the {eligible} experts of model.moe.top_groups groups"
             )
 
 

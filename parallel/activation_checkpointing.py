@@ -50,7 +50,7 @@ def chosen(blocks: Blocks, count: int) -> Sequence[int]:
 def model_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model as its forward pass runs them: the encoder's, if it has one, then the decoder's."""
     encoder = getattr(model, "encoder", None)
-    found = [*(encoder.blocks if isinstance(encoder, nn.Module) else ()), *model.blocks]  # type: ignore[misc, union-attr]
+    found = [*(encoder.blocks if isinstance(encoder, nn.Module) else ()), *model.blocks]  # type: ignore[misc]
     return [block for block in found if isinstance(block, nn.Module)]
 
 

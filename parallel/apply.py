@@ -12,10 +12,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onetrain.model.decoder import SidDecoder
 from onetrain.model.moe import routers
-from onetrain.model.options import ModelOptions
 from onetrain.parallel import activation_checkpointing, expert_parallel, megatron_groups, tensor_parallel
 from onetrain.parallel import compile as compilation
+from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.megatron_groups import ModelParallelUnit
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
@@ -36,22 +37,22 @@ class Applied:
 def before_deepspeed(model: nn.Module, options: ParallelOptions, mesh: Mesh, timeout_s: float) -> Applied:
     """Changes `model`, in place. Raises ParallelError for what this model cannot have."""
     applied = Applied()
-    model_options = getattr(model, "options", None)
+    if mesh.tensor_parallel > 1 or mesh.expert_parallel > 1:
+        _check_whole(decoder_of(model))
+        _broadcast(model)
     if mesh.tensor_parallel > 1:
         applied.unit = megatron_groups.start(mesh, timeout_s)
-        placed = tensor_parallel.apply(model, applied.unit)
+        placed = tensor_parallel.apply(decoder_of(model), applied.unit)
         applied.placements = {name: placement for name, placement in placed.items() if placement.dim is not None}
     if options.checkpoint_blocks != "none":
         activation_checkpointing.apply(model, options.checkpoint_blocks)
     if options.compile:
         compilation.apply(model)
     if mesh.expert_parallel > 1:
-        assert isinstance(model_options, ModelOptions)  # as above
         expert_parallel.prepare(model, mesh.expert_parallel)
         applied.experts_group = expert_parallel.group_name(mesh.expert_parallel)
-        applied.deepspeed["expert_parallel"] = expert_parallel.deepspeed_section(
-            model_options.moe, mesh.expert_parallel
-        )
+        section = expert_parallel.deepspeed_section(decoder_of(model).options.moe, mesh.expert_parallel)
+        applied.deepspeed["expert_parallel"] = section
     applied.biases = [router.e_score_correction_bias.clone() for router in routers(model)]
     return applied
 
@@ -62,10 +63,9 @@ def after_deepspeed(model: nn.Module, applied: Applied, timeout_s: float) -> Non
 
     process_groups = [groups._get_data_parallel_group()]
     if applied.experts_group is not None:
-        options = model.options
-        assert isinstance(options, ModelOptions)
-        expert_parallel.adopt(model, options.moe)
-        applied.placements |= expert_parallel.placements(model, options.moe)
+        options = decoder_of(model).options.moe
+        expert_parallel.adopt(model, options)
+        applied.placements |= expert_parallel.placements(model, options)
         process_groups += [groups._get_expert_parallel_group(applied.experts_group)]
         process_groups += [groups._get_expert_data_parallel_group(applied.experts_group)]
     for process_group in process_groups:
@@ -74,3 +74,30 @@ def after_deepspeed(model: nn.Module, applied: Applied, timeout_s: float) -> Non
         # fp32 also in a bf16 model, whose steps would swallow the bias's small ones
         experts, device = router.options.experts, router.e_score_correction_bias.device
         router.e_score_correction_bias = bias_E[:experts].to(device)
+
+
+def decoder_of(model: nn.Module) -> SidDecoder:
+    """The model by its type. Raises ParallelError for one whose layers nobody knows how to share."""
+    if not isinstance(model, SidDecoder):
+        raise ParallelError(
+            f"{type(model).__name__} is not one of onetrain's decoders, whose layers and experts ranks can share: set "
+            "parallel.tensor_parallel and parallel.expert_parallel to 1."
+        )
+    return model
+
+
+def _check_whole(model: SidDecoder) -> None:
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        raise ParallelError(
+            "Frozen parameters cannot be shared over ranks: set parallel.expert_parallel and parallel.tensor_parallel "
+            "to 1, or leave requires_grad on."
+        )
+
+
+def _broadcast(model: nn.Module) -> None:
+    """Rank 0's weights and buffers on every rank, before they are cut; NCCL sends from a GPU only."""
+    on_gpu = dist.get_backend() == "nccl"
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.data.cuda() if on_gpu and not tensor.is_cuda else tensor.data.contiguous()
+        dist.broadcast(value, 0)
+        tensor.data.copy_(value)

@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 from onetrain.model.options import ModelOptions
+from onetrain.parallel.activation_checkpointing import chosen
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
@@ -63,17 +64,18 @@ def check_options(options: ParallelOptions, world_size: int, model: ModelOptions
     """
     check_mix(options, model)
     mesh = Mesh.plan(world_size, options, model)
+    if model is not None:
+        chosen(options.checkpoint_blocks, model.encoder_layers + model.n_layers)
     _check_overrides(options.deepspeed)
     return mesh
 
 
-def deepspeed_config(options: ParallelOptions, world_size: int, n_parameters: int) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`; `n_parameters` bounds the communication buckets.
+def deepspeed_config(options: ParallelOptions, mesh: Mesh, n_parameters: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`, of options that `check_options` has found right.
 
-    The learning rate schedule and, at ZeRO stage 0, clipping are the engine's own. Raises ParallelError as
-    `check_options` does.
+    `n_parameters` bounds the communication buckets. The learning rate schedule and, at ZeRO stage 0, clipping are the
+    engine's own.
     """
-    mesh = check_options(options, world_size)
     bucket = min(MAX_BUCKET, n_parameters + n_parameters % 2)
     zero: dict[str, Any] = {
         "stage": options.zero_stage,

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from onetrain.model.moe import balanced_bias, routers
 from onetrain.parallel import expert_parallel, megatron_groups, tensor_parallel
 from onetrain.parallel.apply import after_deepspeed, before_deepspeed
-from onetrain.parallel.deepspeed_config import deepspeed_config
+from onetrain.parallel.deepspeed_config import check_options, deepspeed_config
 from onetrain.parallel.errors import ParallelError
-from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 from onetrain.parallel.param_groups import learning_rate_factor, parameter_groups
 from onetrain.parallel.process_group import Ranks, all_reduce_sum
@@ -62,10 +61,10 @@ class Engine:
         self.optimizer_options = optimizer_options
         self.ranks = ranks
         self.total_steps = total_steps
-        self.mesh = Mesh.plan(ranks.world_size, parallel_options, getattr(model, "options", None))
+        self.mesh = check_options(parallel_options, ranks.world_size, getattr(model, "options", None))
         self.step = 0
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        config = deepspeed_config(parallel_options, ranks.world_size, n_parameters)
+        config = deepspeed_config(parallel_options, self.mesh, n_parameters)
         self._skeleton = _on_meta(model)  # what the model was, to build it whole for evaluation
         applied = before_deepspeed(model, parallel_options, self.mesh, ranks.timeout_s)
         self.unit, self.experts_group = applied.unit, applied.experts_group
@@ -88,11 +87,6 @@ class Engine:
         self.placements = applied.placements  # of parameters that are not their canonical ones
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.expert_names = {name for name, p in model.named_parameters() if expert_parallel.is_shared_out(p)}
-        if self.placements and len(self.trainable) < sum(1 for _ in model.parameters()):
-            raise ParallelError(
-                "Frozen parameters cannot be shared over ranks: set parallel.expert_parallel and "
-                "parallel.tensor_parallel to 1, or leave requires_grad on."
-            )
         self.zero_stage: int = parallel_options.zero_stage
         # One rank has nothing to reduce: spares copying every gradient into a bucket and back.
         self.deepspeed.enable_backward_allreduce = ranks.world_size > 1 or self.zero_stage > 0

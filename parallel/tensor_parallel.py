@@ -25,53 +25,19 @@ from onetrain.model.contrastive import ItemTower
 from onetrain.model.decoder import SidDecoder, SidTokens
 from onetrain.model.features import EventFeatures, FeatureTables
 from onetrain.model.ffn import SwiGLU
-from onetrain.model.options import ModelOptions
-from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.megatron_groups import ModelParallelUnit
 from onetrain.parallel.placement import PADDING, Placement
 
 MIN_ROWS = 1024  # of a table that is cut: each look-up in one costs an all-reduce
 
 
-def check(options: ModelOptions, tensor_parallel: int) -> None:
-    """Raises ParallelError where so many ranks cannot share the layers of such a model; names the degrees that can."""
-    if tensor_parallel == 1:
-        return
-    if options.moe.experts:
-        raise ParallelError(
-            f"parallel.tensor_parallel {tensor_parallel} does not go with sparse blocks (model.moe.experts "
-            f"{options.moe.experts}): set parallel.tensor_parallel 1 and share the experts by parallel.expert_parallel."
-        )
-    if options.n_heads % tensor_parallel:
-        legal = ", ".join(str(degree) for degree in degrees(options))
-        raise ParallelError(
-            f"parallel.tensor_parallel {tensor_parallel} does not divide model.n_heads {options.n_heads}: a rank needs "
-            f"whole heads. Legal degrees are {legal}."
-        )
-
-
-def degrees(options: ModelOptions) -> list[int]:
-    """The degrees of tensor parallelism that a model allows."""
-    if options.moe.experts:
-        return [1]
-    return [degree for degree in range(1, options.n_heads + 1) if options.n_heads % degree == 0]
-
-
-def apply(model: nn.Module, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) -> dict[str, Placement]:
+def apply(model: SidDecoder, unit: ModelParallelUnit, min_rows: int = MIN_ROWS) -> dict[str, Placement]:
     """Changes `model`, whole and on any device, to this rank's part of it; every rank of the group takes part.
 
-    Before that all of them get the weights of the group's first rank. Parameters keep their names. Returns for each of
-    them where it lies in the whole model's. Parameters that are cut have `tensor_model_parallel` set, by which
-    DeepSpeed knows that their gradients' squares add up. Raises ParallelError as `check` does.
+    All of them hold the same weights. Parameters keep their names. Returns for each of them where it lies in the whole
+    model's. Parameters that are cut have `tensor_model_parallel` set, by which DeepSpeed knows that their gradients'
+    squares add up.
     """
-    if not isinstance(model, SidDecoder):
-        raise ParallelError(
-            f"Tensor parallelism cuts the decoders of onetrain.model, and {type(model).__name__} is none of them: set "
-            "parallel.tensor_parallel to 1."
-        )
-    check(model.options, unit.tensor.size())
-    for parameter in model.parameters():
-        _broadcast(parameter, unit.tensor)
     cutter = _Cutter(model, unit.tensor)
     for path, module in list(model.named_modules()):
         if isinstance(module, SelfAttention | CrossAttention):
@@ -221,10 +187,3 @@ def _tables(model: SidDecoder) -> Iterator[str]:
 
 def _is_cut(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "tensor_model_parallel", False)
-
-
-def _broadcast(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
-    on_gpu = dist.get_backend(group) == "nccl" and parameter.device.type == "cpu"
-    value = parameter.data.cuda() if on_gpu else parameter.data.contiguous()
-    dist.broadcast(value, dist.get_global_rank(group, 0), group)
-    parameter.data.copy_(value)

@@ -60,7 +60,7 @@ def test_eight_ranks_by_hand():
     assert total(3) == 100 * (2 + 4 + 12)
     assert total(0, "fp32") == 800 * 16
     assert total(2, offload_optimizer=True) == 800 * 2 + 100 * 4
-    assert state_bytes(ParallelOptions(zero_stage=2, offload_optimizer=True), adamw, 8, 800).host == 100 * 12
+    assert state_bytes(ParallelOptions(zero_stage=2, offload_optimizer=True), adamw, 8, 800).host == 100 * 16
     sgd = state_bytes(ParallelOptions(zero_stage=1, precision="bf16"), OptimizerOptions(name="sgd"), 8, 800)
     assert sgd.total == 800 * (2 + 4 + 2) + 100 * 4
 

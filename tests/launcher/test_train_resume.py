@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from onetrain.launcher.checkpoints import find_checkpoint
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.evaluator import SUBSETS, Evaluator, SubsetMetrics
+from onetrain.launcher.resume import check_model
 from onetrain.launcher.tokenize import tokenize
 from onetrain.launcher.train import _step_seed, train
+from onetrain.model.options import MoEOptions
 from onetrain.parallel.checkpoint import latest
 from onetrain.parallel.engine import Engine
 
@@ -207,3 +211,16 @@ def test_another_network_of_the_same_shapes_does_not_go_on(tiny, change, message
     with pytest.raises(ConfigError, match=message):
         train(changed(tiny, train__steps=4, **change))
     train(changed(tiny, train__steps=4, model__dropout=0.1, model__init_std=0.5))
+
+
+def test_how_experts_are_balanced_may_change_and_older_versions_go_on(tiny):
+    """What the warning of dead experts advises; other keys of the experts make another network."""
+    config = changed(tiny, model__moe=MoEOptions(experts=4))
+    saved = json.loads(json.dumps(asdict(config)))
+    for key, value in {"bias_rate": 0.1, "sequence_loss": 0.2, "z_loss": 0.3}.items():
+        check_model(saved, changed(config, model__moe=MoEOptions(4, **{key: value})), Path("step"))
+    for key in ("scale", "groups", "top_groups", "bias_rate", "sequence_loss", "z_loss"):
+        del saved["model"]["moe"][key]  # as written before these were known
+    check_model(saved, config, Path("step"))
+    with pytest.raises(ConfigError, match=r"model.moe was .*'scale': 1.0.*, now .*'scale': 2.0"):
+        check_model(saved, changed(config, model__moe=MoEOptions(4, scale=2.0)), Path("step"))

@@ -529,3 +529,22 @@ def test_a_dense_model_has_no_routing():
     assert not training_loss(predictions, options).stats.keys() & {"expert_load", "router_entropy", "router_loss"}
     assert routing_summary(model, by_position=True) is None
     assert moe.routers(model) == []
+
+
+def test_the_backward_pass_keeps_the_weights_themselves():
+    """No view or copy of them: an engine that takes weights away between the passes could not free those."""
+    moe = MoEOptions(experts=4, top_k=2, d_expert=8)
+    module = SparseFFN(ModelOptions(d_model=16, n_heads=2, moe=moe))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(torch.randn(3, 5, 16, requires_grad=True))
+    matrices = {id(parameter) for parameter in module.experts.parameters()}
+    of_experts = [tensor for tensor in kept if tensor.numel() == module.experts.gate.numel()]
+    assert {id(tensor) for tensor in of_experts} == matrices

@@ -10,7 +10,6 @@ from checkpointing_cases import MODELS, new_model, random_batch, step
 
 from onetrain.parallel import activation_checkpointing
 from onetrain.parallel import compile as compilation
-from onetrain.parallel.errors import ParallelError
 
 TOLERANCE = 1e-5  # of the loss, and of every gradient over its largest element: kernels add in another order
 
@@ -36,8 +35,3 @@ def test_loss_and_gradients_are_those_of_plain_blocks(name):
             torch.testing.assert_close(own[key], gradient, rtol=0, atol=TOLERANCE * scale, msg=lambda m, k=key: k + m)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def test_blocks_with_experts_are_refused():
-    with pytest.raises(ParallelError, match="dense blocks only"):
-        compilation.apply(new_model(MODELS["sparse"]))

