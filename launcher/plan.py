@@ -13,7 +13,7 @@ from onetrain.data.schema import extra_column
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.features import all_features
 from onetrain.launcher.options import RunConfig
-from onetrain.launcher.plan_memory import GIB, RankMemory, element_bytes, rank_memory, suggestions
+from onetrain.launcher.plan_memory import GIB, STATE, RankMemory, element_bytes, rank_memory, suggestions
 from onetrain.model.activations import context_positions, kv_elements, saved_bytes
 from onetrain.model.flops import forward_flops
 from onetrain.model.options import Vocabulary
@@ -217,7 +217,7 @@ def _layout(
         return None, None, (str(error),), ()
     available = config.plan.device_memory_gib
     if memory.total <= available * GIB:
-        return mesh, memory, (), ()
+        return mesh, memory, _validation_problems(config, vocabulary, memory), ()
     largest = max(memory.device, key=lambda part: memory.device[part])
     problem = (
         f"a rank needs {memory.total / GIB:.1f} GiB and has {available:g} (plan.device_memory_gib); the largest part: "
@@ -228,6 +228,21 @@ def _layout(
     if not changes:
         problem += "; no ZeRO stage, micro batch or number of workers that was tried fits either"
     return mesh, memory, (problem,), changes
+
+
+def _validation_problems(config: RunConfig, vocabulary: Vocabulary, memory: RankMemory) -> tuple[str, ...]:
+    """Where ranks hold parts of the model, each makes it whole to validate, beside its training state."""
+    options = config.parallel
+    if options.zero_stage < 3 and options.expert_parallel == options.tensor_parallel == 1:
+        return ()
+    state = sum(size for part, size in memory.device.items() if part in STATE)
+    needed = state + element_bytes(options) * parameter_counts(config.model, vocabulary).total
+    if needed <= config.plan.device_memory_gib * GIB:
+        return ()
+    return (
+        f"to validate, every rank makes the whole model beside its training state: {needed / GIB:.1f} GiB of "
+        f"{config.plan.device_memory_gib:g} (plan.device_memory_gib); training fits, its validations do not",
+    )
 
 
 def _layout_in_words(config: RunConfig) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from onetrain.parallel.tensor_parallel import MIN_ROWS
 FP32 = 4
 GIB = 1024**3
 MOMENTS = {"adamw": 2, "sgd": 0}
+STATE = ("weights", "gradients", "fp32 master weights", "optimizer moments")
 Variants = Iterator[tuple[str, RunConfig]]  # in words for --set
 
 

@@ -145,6 +145,17 @@ def _on_top(words):
     return words if named else ["parallel.micro_batch_size=8", *words]
 
 
+def test_validations_that_do_not_fit_are_told():
+    """Ranks that hold parts of the model make it whole to validate."""
+    sparse = ("model.preset=onerec_v2_4b_a0.5b", "cluster.workers=8", "parallel.expert_parallel=8")
+    sparse = (*sparse, "parallel.zero_stage=1", "parallel.precision=bf16", "parallel.micro_batch_size=8")
+    plan = plan_of("onerec_v2", *sparse, "plan.device_memory_gib=16")
+    assert plan.memory.total < 16 * GIB
+    (problem,) = plan.problems
+    assert "every rank makes the whole model beside its training state" in problem
+    assert not plan_of("onerec_v2", *sparse, "plan.device_memory_gib=40").problems
+
+
 def test_nothing_fits_on_a_tiny_device():
     plan = plan_of("onerec_v2", "model.preset=onerec_v2_8b", "plan.device_memory_gib=2.1")
     assert plan.suggestions == ()
