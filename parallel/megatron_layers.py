@@ -91,7 +91,7 @@ class Table(layers.VocabParallelEmbedding):
             tp_group=group,
         )
         self.weight = nn.Parameter(weight, whole.weight.requires_grad)
-        self.weight.is_position = True  # type: ignore[attr-defined]  # an embedding's learning rate, and no decay
+        self.weight.is_embedding = True  # type: ignore[attr-defined]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (...) to (..., width)."""

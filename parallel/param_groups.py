@@ -16,7 +16,7 @@ def parameter_groups(
     """Groups for a torch optimizer: every trainable parameter in exactly one, in the order of `named_parameters`.
 
     Weight decay is only for `matrices`. `vectors` are norms, biases and other parameters of one dimension; `embeddings`
-    are those of nn.Embedding and parameters flagged as positions (`parameter.is_position = True`); the latter have
+    are those of nn.Embedding and parameters flagged as such (`parameter.is_embedding = True`); the latter have
     their own learning rate. Routed experts are `matrices` in a group of their own where ranks share them: DeepSpeed's
     process group `experts_group`. Each group keeps its peak learning rate as `peak_lr`.
     Raises ParallelError when nothing is trainable.
@@ -36,7 +36,7 @@ def parameter_groups(
             continue
         if id(parameter) in expert_ids and experts_group is not None:
             members["experts"].append(parameter)
-        elif id(parameter) in embedding_ids or getattr(parameter, "is_position", False):
+        elif id(parameter) in embedding_ids or getattr(parameter, "is_embedding", False):
             members["embeddings"].append(parameter)
         elif parameter.ndim <= 1 or name.endswith("bias"):
             members["vectors"].append(parameter)

@@ -30,7 +30,7 @@ class SmallModel(nn.Module):
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
         self.position = nn.Parameter(torch.randn(3, WIDTH) * 0.1)
-        self.position.is_position = True
+        self.position.is_embedding = True
         self.norm = nn.LayerNorm(WIDTH)
         self.hidden = nn.Linear(WIDTH, 33)  # odd sizes: partitions do not meet parameter boundaries
         self.out = nn.Linear(33, CLASSES)
