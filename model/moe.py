@@ -90,7 +90,7 @@ class SparseFFN(nn.Module):
         weight_MK, expert_MK, count_E = self.router(x_RSD)
         x_MD = x_RSD.flatten(0, 1)
         order_C = expert_MK.flatten().argsort(stable=True)
-        sorted_CD = self.experts(x_MD[order_C // expert_MK.shape[1]], count_E)
+        sorted_CD = self.experts(x_MD.index_select(0, order_C // expert_MK.shape[1]), count_E)
         y_CD = torch.empty_like(sorted_CD).index_copy(0, order_C, sorted_CD)
         y_MKD = y_CD.unflatten(0, expert_MK.shape)
         y_RSD = (y_MKD * weight_MK[..., None]).sum(1).to(x_MD.dtype).view_as(x_RSD)
