@@ -79,6 +79,7 @@ class DecoderOnly(SidDecoder):
 
     def step(self, state: BeamState, level: int, code_BK: Tensor | None) -> tuple[Tensor, BeamState]:
         """Logits (B * K, V) of `level`: the beams' new tokens see their context and their own earlier tokens."""
+        note_padding(self, None)  # a forward pass may have come between
         rows = state.index_BP.shape[0]
         beams = 1 if code_BK is None else code_BK.shape[1]
         if code_BK is None:

@@ -158,7 +158,7 @@ def test_a_layout_that_does_not_fit_is_told_before_anything_starts(tiny, tmp_pat
     with nothing_changes_in(tmp_path):
         code, told = onetrain("train", nowhere, "--workers", "3")
         assert code == 4
-        assert "global_batch_size 32 cannot be spread evenly over 3 ranks: set it to 30 or 33" in told
+        assert "global_batch_size 32 cannot be spread evenly over 3 ranks: set it to 24 or 48" in told
         code, told = onetrain("train", changed(nowhere, parallel__precision="bf16"), "--workers", "2")
         assert (code, "parallel.zero_stage" in told) == (4, True)
         uneven = changed(nowhere, parallel__micro_batch_size=5)

@@ -13,6 +13,7 @@ from onetrain.model.block import Block, Encoder, SelfBlock
 from onetrain.model.context import ContextProcessor
 from onetrain.model.inputs import Targets
 from onetrain.model.lazy_decoder import LazyDecoder
+from onetrain.model.moe import Router
 from onetrain.model.mtp import LiteModule
 from onetrain.model.trie import SidTrie
 
@@ -75,7 +76,7 @@ class Calls:
     def __init__(self, model):
         self.count, self.tokens = Counter(), Counter()
         for name, module in model.named_modules():
-            if isinstance(module, (Block, SelfBlock, ContextProcessor, Encoder, LiteModule, nn.Linear)):
+            if isinstance(module, (Block, SelfBlock, ContextProcessor, Encoder, LiteModule, Router, nn.Linear)):
                 module.register_forward_hook(functools.partial(self.note, name))
 
     def note(self, name, module, inputs, _output):
