@@ -305,7 +305,7 @@ def test_record_equals_loops(score, padded):
             entropy -= sum(share * math.log(share) for share in shares)
         tokens = [x_RSD[row, slot] for slot in real]
         expected = 0.7 * sequence_loss(p, "ffn", tokens, options) + 0.2 * z_loss(p, "ffn", tokens) if real else 0.0
-        assert float(record.loss_R[row].detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
+        assert float(record.loss_R[row].detach()) == pytest.approx(float(torch.as_tensor(expected).detach()), rel=1e-9)
     assert record.load_SE.tolist() == load.tolist()
     assert record.load_SE.dtype == torch.int64
     assert int(count_E.sum()) == 6 * 4 * 2
