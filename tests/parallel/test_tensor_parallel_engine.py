@@ -249,4 +249,4 @@ def refuse(ranks: Ranks) -> str:
 
 def test_other_models_are_refused(two: WorkerPool) -> None:
     for message in two.run(refuse):
-        assert "SmallModel is none of them: set parallel.tensor_parallel to 1" in message
+        assert "SmallModel is not one of onetrain's decoders" in message
