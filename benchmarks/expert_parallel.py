@@ -12,7 +12,6 @@ one machine, one thread each: the shares are of this machine, not of a cluster's
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from records import report
 from torch import Tensor, nn
 
-from onetrain.launcher.console import print_message, print_table
-from onetrain.launcher.environment import environment
+from onetrain.launcher.console import print_message
 from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events, Targets
@@ -186,12 +185,8 @@ def main() -> None:
             for targets in options.targets:
                 print_message(f"ZeRO {stage}, {targets} targets per rank")
                 records += measure(pool, stage, targets, options)
-    rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.values()] for record in records]
     title = f"{options.ranks} ranks over gloo, one thread each, {options.precision}: median of {options.steps} steps"
-    print_table(title, [name.replace("_", " ") for name in records[0]], rows)
-    summary = {"options": {k: str(v) for k, v in vars(options).items()}, "records": records}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**summary, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+    report(title, records, options)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,17 @@ are random, so loads are as uneven as a new router's; the table says how uneven.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from records import report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onetrain.launcher.console import print_message, print_table
-from onetrain.launcher.environment import environment
+from onetrain.launcher.console import print_message
 from onetrain.model.ffn import SwiGLU
 from onetrain.model.moe import SparseFFN
 from onetrain.model.options import ModelOptions, MoEOptions
@@ -140,15 +139,11 @@ def main() -> None:
             for tokens in options.tokens:
                 print_message(f"{precision}, {experts} experts, {tokens} tokens")
                 records.append(compare(experts, tokens, precision, options))
-    rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.values()] for record in records]
     title = (
         f"one block, forward + backward: width {options.d_model}, experts of {options.d_expert}, top {options.top_k} "
         f"and {options.shared} shared; median of {options.rounds}, {options.device}, {options.threads} threads"
     )
-    print_table(title, [name.replace("_", " ") for name in records[0]], rows)
-    summary = {"options": {k: str(v) for k, v in vars(options).items()}, "records": records}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**summary, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+    report(title, records, options)
 
 
 if __name__ == "__main__":

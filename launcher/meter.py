@@ -24,7 +24,7 @@ class Meter:
 
     def __init__(self, config: RunConfig, vocabulary: Vocabulary, engine: Engine) -> None:
         self.config, self.vocabulary, self.ranks = config, vocabulary, engine.ranks
-        self.replicas = engine.ranks.world_size // engine.mesh.data_parallel  # ranks that read the same samples
+        self.readers = engine.mesh.replica_ranks  # each counts the samples that all of them read
         sparse = config.model.moe.experts > 0
         self.routers = RouterMetrics(config, engine.mesh, routers(engine.module)) if sparse else None
         self.flops = forward_flops(config.model, vocabulary)
@@ -70,7 +70,7 @@ class Meter:
         names = list(self.vocabulary.pathways)
         local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
         waited, *counts = all_reduce_sum([self._waited, *map(float, local)], self.ranks)
-        targets, positions, samples, micro_batches, *events = (count / self.replicas for count in counts)
+        targets, positions, samples, micro_batches, *events = (count / self.readers for count in counts)
         weight = max(sum(result.weight for result in self._results), 1e-12)
         last = self._results[-1]
         flops = self.flops.training(

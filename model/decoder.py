@@ -19,6 +19,7 @@ from onetrain.model.features import TimeMLP, table_rows
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.moe import RoutingSummary
 from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.precision import wide
 
 
 class Contrast(NamedTuple):
@@ -100,8 +101,7 @@ class Criterion(nn.Module):
 
     def forward(self, logits_MV: Tensor, codes_M: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) each: the loss in fp32 at least, and the hit, bool."""
-        wide_MV = logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
-        return F.cross_entropy(wide_MV, codes_M, reduction="none"), logits_MV.argmax(-1) == codes_M
+        return F.cross_entropy(wide(logits_MV), codes_M, reduction="none"), logits_MV.argmax(-1) == codes_M
 
 
 class SidTokens(nn.Module):

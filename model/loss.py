@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from onetrain.model.decoder import Contrast, Predictions
 from onetrain.model.options import ContrastiveOptions, ModelOptions
+from onetrain.model.precision import wide
 
 
 class LossParts(NamedTuple):
@@ -84,7 +85,7 @@ def contrastive_loss(contrast: Contrast, options: ContrastiveOptions) -> tuple[T
     negatives more often). Another target with the same item is no negative and is left out. Negatives are the targets
     of one micro batch on one rank.
     """
-    state_MD, item_MD = (F.normalize(_wide(x_MD), dim=-1) for x_MD in (contrast.state_MD, contrast.item_MD))
+    state_MD, item_MD = (F.normalize(wide(x_MD), dim=-1) for x_MD in (contrast.state_MD, contrast.item_MD))
     score_MM = state_MD @ item_MD.T / options.temperature
     if options.logq:
         score_MM = score_MM - contrast.log_q_M
@@ -118,8 +119,3 @@ def _level(predictions: Predictions, h_MD: Tensor, level: int, pieces: int | Non
     ]
     losses, hits = zip(*parts, strict=True)
     return torch.cat(losses), torch.cat(hits)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """fp32 at least."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from onetrain.model.ffn import SwiGLU
 from onetrain.model.options import ModelOptions, MoEOptions
+from onetrain.model.precision import wide
 
 
 class Routing(NamedTuple):
@@ -100,7 +101,7 @@ class SparseFFN(nn.Module):
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
     """(..., D) to (..., E), in fp32 at least: in bf16 close scores would tie."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(_wide(x), _wide(weight_ED))
+        return F.linear(wide(x), wide(weight_ED))
 
 
 def route(
@@ -225,8 +226,3 @@ def _record(
     if options.z_loss > 0:  # ST-MoE, eq. 5
         losses.append(options.z_loss * (logits_RSE.logsumexp(-1).square() * part_RS).sum(1))
     return RouterRecord(load_SE, entropy, torch.stack(losses).sum(0) if losses else None)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """fp32 at least."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -113,8 +113,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-        replicas = self.ranks.world_size // self.mesh.data_parallel  # ranks that read the same samples
-        (weight,) = all_reduce_sum([float(sum(weight_fn(batch) for batch in micro_batches)) / replicas], self.ranks)
+        readers = self.mesh.replica_ranks  # each counts the samples that all of them read
+        (weight,) = all_reduce_sum([float(sum(weight_fn(batch) for batch in micro_batches)) / readers], self.ranks)
         scale = self.mesh.data_parallel / weight if weight > 0 else 0.0  # DeepSpeed averages over data-parallel ranks
         sums = _Sums()
         for position, batch in enumerate(micro_batches, start=1):
@@ -129,7 +129,7 @@ class Engine:
             if position < len(micro_batches):
                 self.deepspeed.step()  # no update yet: DeepSpeed counts micro batches
 
-        loss_total, weight_total, stats_total = sums.reduced(self.ranks, replicas)
+        loss_total, weight_total, stats_total = sums.reduced(self.ranks, readers)
         loss = loss_total / weight if weight > 0 else 0.0
         self._check_finite(loss, "loss")
         if not math.isclose(weight_total, weight, rel_tol=1e-5, abs_tol=1e-6):
@@ -221,12 +221,12 @@ class _Sums:
             part = torch.as_tensor(value, device=loss_sum.device).detach().double()
             self.parts[name] = self.parts[name] + part if name in self.parts else part
 
-    def reduced(self, ranks: Ranks, replicas: int) -> tuple[float, float, dict[str, Tensor]]:
-        """(loss sum, weight sum, statistics) over all samples, each of which `replicas` ranks have read."""
+    def reduced(self, ranks: Ranks, readers: int) -> tuple[float, float, dict[str, Tensor]]:
+        """(loss sum, weight sum, statistics) over all samples, each of which `readers` ranks have read."""
         flat = torch.cat([part.flatten() for part in self.parts.values()])
         if ranks.world_size > 1:
             dist.all_reduce(flat)
-            flat /= replicas
+            flat /= readers
         sizes = [part.numel() for part in self.parts.values()]
         loss, weight, *stats = flat.cpu().split(sizes)
         names = list(self.parts)[2:]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from onetrain.model.moe import Router, Routing, SparseFFN, route, router_logits, run_experts
 from onetrain.model.options import MoEOptions
-from onetrain.parallel.placement import Placement, block, run
+from onetrain.parallel.placement import Placement, padded, share
 
 MATRICES = {"w1": "gate", "w2": "down", "w3": "up"}  # AutoEP's names: the model's
 
@@ -36,8 +36,8 @@ def prepare(model: nn.Module, ranks: int) -> None:
             for owner, name in ((module.router, "weight"), *((module.experts, name) for name in MATRICES.values())):
                 whole = getattr(owner, name)
                 padding = whole.new_zeros(missing, *whole.shape[1:])
-                padded = nn.Parameter(torch.cat((whole.detach(), padding)), requires_grad=whole.requires_grad)
-                setattr(owner, name, padded)
+                longer = nn.Parameter(torch.cat((whole.detach(), padding)), requires_grad=whole.requires_grad)
+                setattr(owner, name, longer)
 
 
 def deepspeed_section(options: MoEOptions, ranks: int) -> dict[str, Any]:
@@ -71,10 +71,10 @@ def placements(model: nn.Module, options: MoEOptions) -> dict[str, Placement]:
     """Where the parameters of AutoEP's layers lie in the model's own; by their names in `model`."""
     found = {}
     for path, layer in autoep_layers(model).items():
-        found[f"{path}.router.gate.weight"] = run(f"{path}.router.weight", 0, layer.num_experts, options.experts)
+        found[f"{path}.router.gate.weight"] = padded(f"{path}.router.weight", layer.num_experts, options.experts)
         for theirs, ours in MATRICES.items():
             name = f"{path}.experts.{ours}"
-            found[f"{path}.experts.{theirs}"] = block(name, layer.ep_rank, layer.ep_size, options.experts)
+            found[f"{path}.experts.{theirs}"] = share(name, layer.ep_rank, layer.ep_size, options.experts)
         if layer.shared_experts is not None:
             for name, _ in layer.shared_experts.named_parameters():
                 found[f"{path}.shared_experts.{name}"] = Placement(f"{path}.shared.{name}")

@@ -67,9 +67,14 @@ class Mesh:
             share // micro,
         )
 
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that hold one replica together, and read the same samples."""
+        return self.tensor_parallel * self.context_parallel
+
     def data_rank(self, rank: int) -> int:
         """Which of the `data_parallel` shares of the batch a rank works on."""
-        return rank // (self.tensor_parallel * self.context_parallel)
+        return rank // self.replica_ranks
 
     def groups(self, kind: GroupKind) -> list[list[int]]:
         """All groups of one kind; together they hold every rank once.

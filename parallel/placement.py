@@ -44,13 +44,19 @@ class Placement:
         full.index_copy_(self.dim, self.index[real], local.index_select(self.dim, real))
 
 
-def block(name: str, part: int, parts: int, size: int, dim: int = 0) -> Placement:
-    """The `part`-th of `parts` equal runs of slices, the last ones padded where `parts` does not divide `size`."""
-    length = -(-size // parts)
-    return run(name, part * length, length, size, dim)
+def share(name: str, part: int, parts: int, size: int, dim: int = 0, runs: int = 1) -> Placement:
+    """The `part`-th of `parts` equal shares of slices, the last ones padded where `parts` does not divide `size`.
+
+    With `runs` the slices are so many equal runs, such as queries, keys and values, and the share is one of each.
+    """
+    length = size // runs
+    own = -(-length // parts)
+    index = torch.arange(part * own, (part + 1) * own)
+    index = torch.cat([torch.where(index < length, run * length + index, PADDING) for run in range(runs)])
+    return Placement(name, dim, index, size)
 
 
-def run(name: str, start: int, length: int, size: int, dim: int = 0) -> Placement:
-    """The `length` slices from `start`; those from `size` on are padding."""
-    index = torch.arange(start, start + length)
-    return Placement(name, dim, index.where(index < size, torch.tensor(PADDING)), size)
+def padded(name: str, length: int, size: int, dim: int = 0) -> Placement:
+    """All `size` slices, and padding up to `length`."""
+    index = torch.arange(length)
+    return Placement(name, dim, torch.where(index < size, index, PADDING), size)

@@ -15,7 +15,6 @@ BOS and small tables. So ranks of a group must read the same samples and draw th
 
 from collections.abc import Iterator, Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from onetrain.model.decoder import SidDecoder, SidTokens
 from onetrain.model.features import EventFeatures, FeatureTables
 from onetrain.model.ffn import SwiGLU
 from onetrain.parallel.megatron_groups import ModelParallelUnit
-from onetrain.parallel.placement import PADDING, Placement
+from onetrain.parallel.placement import Placement, share
 
 MIN_ROWS = 1024  # of a table that is cut: each look-up in one costs an all-reduce
 
@@ -148,13 +147,8 @@ class _Cutter:
         return module
 
     def _cut(self, name: str, whole: Tensor, dim: int, runs: int = 1) -> Tensor:
-        size = whole.shape[dim]
-        length = size // runs
-        share = -(-length // self.ranks)
-        index = torch.arange(self.rank * share, (self.rank + 1) * share)
-        index = torch.cat([torch.where(index < length, run * length + index, PADDING) for run in range(runs)])
-        placement = self.placements[name] = Placement(name, dim, index, size)
-        return placement.cut(whole.detach())
+        self.placements[name] = share(name, self.rank, self.ranks, whole.shape[dim], dim, runs)
+        return self.placements[name].cut(whole.detach())
 
     def _replace(self, path: str, module: nn.Module) -> None:
         self.model.set_submodule(path, module)

@@ -247,7 +247,7 @@ def train(
 def go_on(engine: Engine, batch_of: Callable[[int], Batch], steps: int) -> Trained | None:
     """The next steps of an engine; the result is on rank 0."""
     ranks, history, chosen = engine.ranks, [], []
-    replica = ranks.world_size // engine.mesh.data_parallel
+    replica = engine.mesh.replica_ranks
     loss = partial(loss_fn, chunk=engine.options.loss_chunk)
     with RoutingLog(engine.module) as log:
         for step in range(engine.step, engine.step + steps):
