@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from onetrain.model.attention import OutputGate
 from onetrain.model.features import TimeMLP, table_rows
 from onetrain.model.inputs import Context, Targets
+from onetrain.model.ksa.stack import KSAStack
 from onetrain.model.moe import RoutingSummary
 from onetrain.model.options import ModelOptions, Vocabulary
 from onetrain.model.precision import wide
@@ -190,5 +191,7 @@ class SidDecoder(nn.Module, ABC):
                 onto_residual = of_block and name.endswith((".out.weight", ".down.weight", ".down"))
                 nn.init.normal_(parameter, std=residual_std if onto_residual else std)
         for module in self.modules():
+            if isinstance(module, KSAStack):
+                module.reset_residuals(std)
             if isinstance(module, OutputGate) and module.score.bias is not None:
                 nn.init.constant_(module.score.bias, self.options.gate_bias or 0.0)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from onetrain.model.attention import KeyValue
 from onetrain.model.block import SelfBlock
-from onetrain.model.context import NEVER, ContextProcessor
+from onetrain.model.context import ContextProcessor
 from onetrain.model.decoder import Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.moe import note_padding, routing_summary
 from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.pathway import NEVER
 
 
 class BeamState(NamedTuple):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from onetrain.model.attention import KeyValue
 from onetrain.model.block import Block, Encoder
-from onetrain.model.context import NEVER, ContextProcessor
+from onetrain.model.context import ContextProcessor
 from onetrain.model.contrastive import ItemTower
 from onetrain.model.decoder import Contrast, Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.moe import routing_summary
 from onetrain.model.mtp import LiteModule
 from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.model.pathway import NEVER
 
 
 class Memory(NamedTuple):

@@ -42,6 +42,63 @@ class QueryFormerOptions:
 
 
 @dataclass(frozen=True)
+class KSAOptions:
+    """A stack of summary attention over one pathway (KSA, arXiv 2604.24432; defaults of its section on sizes).
+
+    The decoder reads the last window of its hidden states, and of everything older only the summaries.
+    """
+
+    width: int = 128
+    heads: int = 4
+    kv_groups: int | None = None  # None = heads
+    layers: tuple[Literal["ksa", "full"], ...] = ("ksa", "ksa", "ksa", "full")  # full: causal attention over all text
+    chunk: int = 8  # events (or codes, with flatten_codes) that one set of summary tokens stands for
+    summaries: int = 1  # summary tokens of a chunk; 0 = sliding-chunk attention, which forgets what leaves the window
+    window: int = 128  # earlier chunks that are read as they are, besides the own one
+    blend: float = 1.0  # of the summary tokens' own projections; 1 - blend of the text's. 0 = shared, no own ones
+    bypass_full: bool = False  # summary tokens skip the full layers
+    qk_norm: bool = True
+    rope_base: float = 10_000.0
+    d_ff: int | None = None  # None = 4 * width
+    kernel: Literal["auto", "blocked", "flex"] = "auto"  # auto = flex on a GPU, blocked elsewhere
+
+    def __post_init__(self) -> None:
+        least_of = {"width": 1, "heads": 1, "groups": 1, "chunk": 1, "summaries": 0, "window": 0, "ffn_width": 1}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                shown = {"groups": "kv_groups", "ffn_width": "d_ff"}.get(name, name)
+                raise ValueError(f"summary attention: {shown} is {getattr(self, name)}; it is at least {least}")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"summary attention: width {self.width} is not a multiple of 2 * heads {2 * self.heads}, which its "
+                "rotary positions need"
+            )
+        if self.heads % self.groups:
+            raise ValueError(f"summary attention: heads {self.heads} is not a multiple of kv_groups {self.groups}")
+        if not self.layers:
+            raise ValueError("summary attention: layers is empty; for example [ksa, ksa, ksa, full]")
+        if not 0 <= self.blend <= 1:
+            raise ValueError(f"summary attention: blend is {self.blend}; it is in [0, 1]")
+        if self.rope_base <= 1:
+            raise ValueError(f"summary attention: rope_base is {self.rope_base}; it is above 1")
+
+    @property
+    def groups(self) -> int:
+        """KV groups with their default resolved."""
+        return self.heads if self.kv_groups is None else self.kv_groups
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden width of the SwiGLU FFN."""
+        return 4 * self.width if self.d_ff is None else self.d_ff
+
+
+@dataclass(frozen=True)
 class MTPOptions:
     """Sequential multi-token prediction (OneLive, section 3.5): one lite module for each level after the first."""
 
@@ -153,6 +210,7 @@ class ModelOptions:
     hashed: dict[str, int] = field(default_factory=dict)  # feature: rows of its table, ids are hashed into them
     pathway_projection: Literal["linear", "mlp"] = "linear"  # linear (V2, figure 4), or Dense-LeakyReLU-Dense (V1)
     query_formers: dict[str, QueryFormerOptions] = field(default_factory=dict)  # pathway: its compression
+    ksa: dict[str, KSAOptions] = field(default_factory=dict)  # pathway: its stack of summary attention
     position: Literal["absolute", "recency", "none"] = "absolute"  # assumption: learned positions
     flatten_codes: bool = False  # encoder_decoder, decoder_only: one position per SID code, not per event (TIGER)
     time_aware: bool = False  # add MLP(time) to history events and to BOS (OneLive, section 3.2)
@@ -187,6 +245,9 @@ class ModelOptions:
             _check_distinct(f"model.{name}", getattr(self, name))
         if not self.features:
             raise ValueError("model.features is empty; the context needs at least one feature, for example [sid]")
+        both = sorted({*self.query_formers} & {*self.ksa})
+        if both:
+            raise ValueError(f"model.query_formers and model.ksa both name the pathway {both[0]!r}; leave one out")
         for name in ("dropout", "context_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it is in [0, 1)")

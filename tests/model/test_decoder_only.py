@@ -13,7 +13,7 @@ from decoder_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onetrain.model.context import NEVER
+from onetrain.model.pathway import NEVER
 
 
 def test_several_moments_of_one_history_in_a_row():

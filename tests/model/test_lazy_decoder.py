@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from onetrain.model.attention import OutputGate
 from onetrain.model.build import build
-from onetrain.model.context import ALWAYS, NEVER
 from onetrain.model.lazy_decoder import LazyDecoder
 from onetrain.model.loss import training_loss
 from onetrain.model.options import ModelOptions, MTPOptions, QueryFormerOptions
+from onetrain.model.pathway import ALWAYS, NEVER
 
 PUBLISHED = {  # d_model, layers, heads: millions of block parameters (OneRec-V2, sections 2.4 and 4)
     "0.1B": (640, 12, 10, 88.5),

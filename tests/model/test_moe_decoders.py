@@ -12,10 +12,10 @@ from decoder_cases import random_context, random_model, random_targets, variant
 from reference_layers import router_losses, routing
 
 from onetrain.model import moe
-from onetrain.model.context import NEVER
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.loss import training_loss
 from onetrain.model.moe import routers, routing_summary
+from onetrain.model.pathway import NEVER
 
 
 def moe_variant(name, **changes):
