@@ -64,7 +64,8 @@ class KSAAttention(nn.Module):
     def forward(self, h_AD: Tensor, part: Part, sequence: Sequence) -> Tensor:
         """Rows [text; summaries] of the part; (A, D). Without summary rows among them it is for text alone."""
         text = self.project_text(h_AD[: part.n_text], part.position_T)
-        if len(h_AD) == part.n_text:
+        own = self.summary is not None and part.layout.summaries > 0  # even for no rows: all ranks use all parameters
+        if len(h_AD) == part.n_text and not own:
             nothing = KeyValue(text.k_GNK[:, :0], text.v_GNK[:, :0])
             return self._join(self._attend(text, nothing, part, sequence))
         summary = self.project_summaries(h_AD[part.n_text :], part.position_R)

@@ -61,7 +61,7 @@ class KSAStack(nn.Module):
 
     def summary_tokens(self, part: Part) -> Tensor:
         """The summary tokens of the part before the first block, (R, D)."""
-        if self.summary is None:
+        if self.summary is None or part.layout.summaries == 0:
             return torch.empty(0, self.options.width, device=part.layout.device)
         return self.summary.weight.repeat(part.n_summaries // self.options.summaries, 1)
 
