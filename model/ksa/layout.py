@@ -82,8 +82,7 @@ class Layout:
         """Position of every summary row: slot j of chunk i stands at i * C + floor((j + 1) * C / S) - 1."""
         if self.n_summaries == 0:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        slot_S = torch.arange(self.summaries, device=self.device)
-        offset_S = ((slot_S + 1) * self.chunk // self.summaries - 1).clamp_min(0)
+        offset_S = summary_offsets(self.chunk, self.summaries).to(self.device)
         return (self.position_T[self.chunk_text_ZC[:, :1]] + offset_S).flatten()
 
     @cached_property
@@ -108,6 +107,11 @@ class Layout:
             return Ranges(start_T, after_T, torch.zeros_like(after_T), torch.zeros_like(after_T))
         oldest_T = (self.position_T // self.chunk - window).clamp_min(0)  # chunk that is still read as text
         return Ranges(start_T + oldest_T * self.chunk, after_T, summary_T, summary_T + oldest_T * self.summaries)
+
+
+def summary_offsets(chunk: int, summaries: int) -> Tensor:
+    """(S,) places of a chunk's summary tokens, counted from its first text token; with one, that of the last."""
+    return ((torch.arange(summaries) + 1) * chunk // max(summaries, 1) - 1).clamp_min(0)
 
 
 def score_pairs(length: int, chunk: int, summaries: int, window: Window) -> int:
