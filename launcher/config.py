@@ -246,9 +246,11 @@ def _problems(config: RunConfig, needs_data: bool) -> Iterator[str]:
             preset(config.model.preset, config.model.preset_scale)
         except ValueError as error:
             yield str(error)
+    from onetrain.launcher.config_conversion import conversion_problems
     from onetrain.launcher.config_model import model_problems  # loads numpy and arrow, which `--help` does without
 
     yield from model_problems(config)
+    yield from conversion_problems(config)
     for key, least in (
         ("steps", 1),
         ("threads_per_worker", 1),

@@ -10,6 +10,7 @@ import torch
 
 from onetrain.data.order import GlobalOrder
 from onetrain.data.samples import SampleIndex
+from onetrain.launcher import conversion
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_message
 from onetrain.launcher.errors import ConfigError
@@ -65,18 +66,22 @@ def check_gradients(config: RunConfig) -> None:
     """One backward pass over a few samples in fp32; every parameter must get a finite gradient that is not all zero."""
     data = PreparedData.open(config)
     model = build_model(config, data).train()
+    conversion.prepare(model, config.conversion)
+    distil = config.conversion if config.conversion.stage == "distil" else None
     index = SampleIndex(data.reader, "train", config.batch)
     order = GlobalOrder(len(index), data.manifest.fingerprint, config.seed)
     batch = data.builder(config).build([index[number] for number in order.sample_ids(0, CHECKED_SAMPLES)])
-    loss_sum, weight, _ = loss_of_batch(model, batch, torch.device("cpu"))
+    loss_sum, weight, _ = loss_of_batch(model, batch, torch.device("cpu"), distil=distil)
     (loss_sum / weight).backward()
     problems = []
-    for name, parameter in model.named_parameters():
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in learning.items():
         if parameter.grad is None or not bool(parameter.grad.any()):
             problems.append(f"{name} receives no gradient")
         elif not bool(parameter.grad.isfinite().all()):
             problems.append(f"{name} receives a gradient that is not finite")
     if problems:
         raise ConfigError(f"Gradient check failed: {'; '.join(problems)}.")
-    count = sum(1 for _ in model.parameters())
-    print_message(f"gradient check: all {count} parameters receive finite gradients, loss {loss_sum / weight:.4f}")
+    print_message(
+        f"gradient check: all {len(learning)} parameters receive finite gradients, loss {loss_sum / weight:.4f}"
+    )

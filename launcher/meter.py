@@ -109,6 +109,9 @@ class Meter:
             "contrastive_loss": "loss_contrastive",
             "contrastive_hits": "accuracy_contrastive",
             "router_loss": "loss_router",
+            "conversion_ce": "conversion_ce",
+            "conversion_kl": "conversion_kl",
+            "conversion_mse": "conversion_mse",
         }
         means = {}
         for key in [key for key in names if key in self._results[0].stats]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from onetrain.cluster.options import ClusterOptions
 from onetrain.data.options import BatchOptions, DataOptions
-from onetrain.model.options import ModelOptions, TokenizerOptions
+from onetrain.model.options import ConversionOptions, ModelOptions, TokenizerOptions
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 
 
@@ -84,6 +84,7 @@ class RunConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    conversion: ConversionOptions = field(default_factory=ConversionOptions)
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

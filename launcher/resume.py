@@ -7,7 +7,7 @@ from typing import Any
 
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
-from onetrain.model.options import ContrastiveOptions, MoEOptions, MTPOptions
+from onetrain.model.options import ContrastiveOptions, KSAOptions, ModelOptions, MoEOptions, MTPOptions
 
 ORDER_KEYS = ("max_context", "request_by", "share_context", "target_behaviours", "min_context")
 MAY_CHANGE = {  # of the model: regularisation, initial values, weights and details of losses
@@ -64,10 +64,16 @@ def check_model(saved: Json, config: RunConfig, checkpoint: Path) -> None:
 
 def _network(config: Json) -> Json:
     """The keys that the network's function depends on; the order of pathways counts."""
-    keys = {f"model.{key}": value for key, value in config["model"].items() if key not in MAY_CHANGE}
+    model = _as_json(asdict(ModelOptions())) | config["model"]
+    keys = {f"model.{key}": value for key, value in model.items() if key not in MAY_CHANGE}
     for name, defaults in SECTIONS.items():
         inner = _as_json(asdict(defaults)) | config["model"].get(name, {})  # an older version knew fewer keys
         keys[f"model.{name}"] = {key: value for key, value in inner.items() if key not in MAY_CHANGE}
+    keys["model.ksa"] = {
+        name: {key: value for key, value in (_as_json(asdict(KSAOptions())) | ksa).items() if key != "kernel"}
+        for name, ksa in model["ksa"].items()
+    }
+    keys["conversion.stage"] = config.get("conversion", {}).get("stage", "none")
     keys["batch.pathways"] = list(map(list, config["batch"].get("pathways", {}).items()))
     return keys
 

@@ -17,6 +17,7 @@ from onetrain.data.batch import Batch
 from onetrain.data.order import GlobalOrder
 from onetrain.data.samples import SampleIndex
 from onetrain.data.stream import Step, TrainingStream
+from onetrain.launcher import conversion
 from onetrain.launcher.checkpoints import Best, folder_of_checkpoints, load_best
 from onetrain.launcher.config import config_difference, load_config, run_folder, save_config
 from onetrain.launcher.console import print_message, print_warning
@@ -29,7 +30,9 @@ from onetrain.launcher.options import RunConfig
 from onetrain.launcher.resume import check_model, check_order, sample_order
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.decoder import SidDecoder
+from onetrain.model.ksa.conversion import distillation_loss
 from onetrain.model.loss import LossParts, training_loss
+from onetrain.model.options import ConversionOptions
 from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
@@ -64,6 +67,7 @@ class _Run:
         self.data = PreparedData.open(config, checksum=ranks.is_main)
         self.builder = self.data.builder(config)  # refuses features and pathways that the data lack
         model = build_model(config, self.data)
+        conversion.prepare(model, config.conversion)
         self.engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
         self.data_rank = self.engine.mesh.data_rank(ranks.rank)
         self.cursor = 0
@@ -89,6 +93,7 @@ class _Run:
             self._say(f"nothing left to do: {self.engine.step} steps are done, and {last_step} were asked for")
         for step in self._steps(last_step):
             with self.meter.step(step):
+                conversion.before_step(self.engine.module, self.config.conversion, self.engine.step)
                 torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.data_rank))
                 result = self.engine.train_step(step.micro_batches, self._loss_of(step), lambda batch: batch.weight)
             self.cursor = step.cursor
@@ -96,6 +101,8 @@ class _Run:
             self.meter.add(result)
             if number % options.log_every == 0 or final:
                 metrics = {"step": number, **self.meter.report()}
+                blend = conversion.blend_of_step(self.config.conversion, number - 1)
+                metrics |= {} if blend is None else {"conversion_blend": blend}
                 self.tracker.log(number, {name: value for name, value in metrics.items() if name != "step"})
                 self._say(self.meter.line(number, last_step, metrics))
             validated = final or (options.evaluate_every > 0 and number % options.evaluate_every == 0)
@@ -120,7 +127,8 @@ class _Run:
         if chunk is not None and self.config.parallel.zero_stage == 3:  # ranks gather the heads for every chunk
             own = max(int((batch.weight_BT > 0).sum()) for batch in step.micro_batches)
             most_targets = int(all_reduce_max(own, self.ranks))
-        return partial(loss_of_batch, device=self.ranks.device, chunk=chunk, most_targets=most_targets)
+        distil = self.config.conversion if self.config.conversion.stage == "distil" else None
+        return partial(loss_of_batch, device=self.ranks.device, chunk=chunk, most_targets=most_targets, distil=distil)
 
     def _stream(self) -> TrainingStream:
         index = SampleIndex(self.data.reader, "train", self.config.batch)
@@ -152,8 +160,8 @@ class _Run:
         elif self.config.train.warm_start is not None:
             source = Path(self.config.train.warm_start)
             self.data.check_sids(checkpoints.read_state(source), source)
-            checkpoints.load_weights(self.engine, source)
-            self._say(f"starting from the weights of {source}")
+            differences = checkpoints.start_from(self.engine, source).describe()
+            self._say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
 
     def _order(self) -> dict[str, object]:
         return sample_order(self.config, self.data.manifest.fingerprint)
@@ -227,11 +235,18 @@ class _Run:
 
 
 def loss_of_batch(
-    module: nn.Module, batch: Batch, device: torch.device, chunk: int | None = None, most_targets: int = 0
+    module: nn.Module,
+    batch: Batch,
+    device: torch.device,
+    chunk: int | None = None,
+    most_targets: int = 0,
+    distil: ConversionOptions | None = None,
 ) -> LossParts:
     """Weighted loss sum, weight sum and weighted sums of statistics of one micro batch."""
-    predictions = module(*model_inputs(batch, device))
-    return training_loss(predictions, as_decoder(module).options, chunk, most_targets)
+    context, targets = model_inputs(batch, device)
+    if distil is not None:
+        return distillation_loss(as_decoder(module), context, targets, distil, chunk, most_targets)
+    return training_loss(module(context, targets), as_decoder(module).options, chunk, most_targets)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -97,6 +97,48 @@ class KSAOptions:
         """Hidden width of the SwiGLU FFN."""
         return 4 * self.width if self.d_ff is None else self.d_ff
 
+    @property
+    def own_projections(self) -> bool:
+        """Whether layers of summary attention have summary tokens with projections of their own."""
+        return self.summaries > 0 and self.blend > 0 and "ksa" in self.layers
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """A stage of the conversion of a model of full attention to summary attention (KSA, section 7.1).
+
+    distil trains the summary embedding and the summary projections alone, against the same network with full
+    attention; anneal trains everything while the summary projections give way to the text's.
+    """
+
+    stage: Literal["none", "distil", "anneal"] = "none"
+    ce: float = 1.0  # distil: factor of the training loss ...
+    kl: float = 5.0  # ... of KL(teacher || student) over the codes, mean over levels
+    mse: float = 5.0  # ... of the squared error of attention outputs, mean over layers of summary attention
+    mse_clip: float = 0.1  # most that one element's squared error counts; beyond it has no gradient
+    mse_rms: bool = False  # both attention outputs are scaled to a root mean square of 1 first
+    anneal_from: int = 0  # anneal: the step, counted from 0, with the last blend of 1 ...
+    anneal_to: int | None = None  # ... and the first step with blend 0; linear in between. Required
+
+    def __post_init__(self) -> None:
+        for name in ("ce", "kl", "mse", "anneal_from"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"conversion.{name} is {getattr(self, name)}; it is at least 0")
+        if self.mse_clip <= 0:
+            raise ValueError(f"conversion.mse_clip is {self.mse_clip}; it is above 0")
+        if self.stage == "distil" and self.ce == self.kl == self.mse == 0:
+            raise ValueError("conversion.ce, kl and mse are all 0; distillation needs one of them")
+        if self.stage == "anneal" and (self.anneal_to is None or self.anneal_to <= self.anneal_from):
+            raise ValueError(
+                f"conversion.anneal_from is {self.anneal_from} and anneal_to {self.anneal_to}; the blend falls from 1 "
+                "to 0 between two steps, the second after the first"
+            )
+
+    def blend(self, step: int) -> float:
+        """Weight of the summary tokens' own projections in optimizer step `step`, counted from 0, while annealing."""
+        assert self.anneal_to is not None
+        return min(1.0, max(0.0, (self.anneal_to - step) / (self.anneal_to - self.anneal_from)))
+
 
 @dataclass(frozen=True)
 class MTPOptions:

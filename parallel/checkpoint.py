@@ -8,7 +8,7 @@ as the data cursor). It is written beside its place and renamed, so that a folde
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from onetrain.model.ksa.warm_start import Bridge, bridge
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.optimizer_state import MOMENTS, VALUE, canonical_shapes, gather, scatter
@@ -26,6 +27,7 @@ from onetrain.parallel.process_group import raise_together
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 HASH_CHUNK = 1 << 24
+SAME = Bridge()  # the checkpoint has the weights of the model
 
 
 def save(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     Raises ParallelError on every rank for a damaged file, another optimizer, or parameters that do not match by name
     and shape.
     """
-    header = _checked_header(engine, folder)
+    header, _ = _checked(engine, folder)
     saved, ours = header["optimizer"], engine.optimizer_options.name
     if saved != ours:
         raise ParallelError(
@@ -66,13 +68,13 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def load_weights(target: nn.Module | Engine, folder: Path) -> dict[str, Any]:
-    """Restores only the weights and buffers, into an engine (every rank takes part) or a plain module.
+    """Restores only the weights and buffers, exactly those, into an engine (every rank takes part) or a plain module.
 
     Returns the caller's state of that checkpoint. Raises ParallelError for a damaged file, and for missing, unexpected
     or differently shaped parameters.
     """
     if isinstance(target, Engine):
-        header = _checked_header(target, folder)
+        header, _ = _checked(target, folder)
         _restore(target, folder, (VALUE,))
         return header["state"]
     header = _read_header(folder)
@@ -83,6 +85,17 @@ def load_weights(target: nn.Module | Engine, folder: Path) -> dict[str, Any]:
             parameter.copy_(file.get_tensor(name))
         _restore_buffers(target, file)
     return header["state"]
+
+
+def start_from(engine: Engine, folder: Path) -> Bridge:
+    """Starts from only the weights and buffers of a checkpoint; every rank takes part.
+
+    As strict as `load_weights`, but for the weights of summary tokens, which a conversion adds and drops; returns what
+    they were made of. Raises ParallelError also where dropped ones are still in use.
+    """
+    _, across = _checked(engine, folder, bridged=True)
+    _restore(engine, folder, (VALUE,), across)
+    return across
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -157,18 +170,21 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _checked_header(engine: Engine, folder: Path) -> dict[str, Any]:
-    """The header on every rank; rank 0 checks the files, every rank the shapes."""
-    header, error = {}, None
+def _checked(engine: Engine, folder: Path, bridged: bool = False) -> tuple[dict[str, Any], Bridge]:
+    """The header and how weights cross, on every rank; rank 0 checks the files, every rank the shapes."""
+    header, across, error = {}, SAME, None
     try:
         header = _read_header(folder)
         if engine.ranks.is_main:
             _check_files(folder, header)
-        _check_shapes(folder, canonical_shapes(engine), engine.module)
+        ours = canonical_shapes(engine)
+        if bridged:
+            across = _bridge(folder, {*ours, *_persistent_buffers(engine.module)})
+        _check_shapes(folder, ours, engine.module, across)
     except ParallelError as failure:
         error = str(failure)
     raise_together(error, engine.ranks)
-    return header
+    return header, across
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -196,15 +212,35 @@ def _check_files(folder: Path, header: dict[str, Any]) -> None:
         raise ParallelError(f"Checkpoint file {path} is damaged: it {problem}. Use another checkpoint.")
 
 
-def _check_shapes(folder: Path, ours: dict[str, tuple[int, ...]], module: nn.Module) -> None:
-    ours = {**ours, **{name: tuple(buffer.shape) for name, buffer in _persistent_buffers(module).items()}}
+def _bridge(folder: Path, ours: set[str]) -> Bridge:
+    """Raises ParallelError for summary projections that would be dropped while they are in use."""
+    across = bridge(ours, _saved_shapes(folder))
+    with safe_open(folder / MODEL, "pt") as file:
+        in_use = {name: value for name in sorted(across.blends) if (value := float(file.get_tensor(name))) != 0}
+    if in_use:
+        name, value = next(iter(in_use.items()))
+        raise ParallelError(
+            f"Checkpoint {folder} still uses its summary tokens' own projections ({name} is {value:g}), which this "
+            "model does not have: its pathway's blend in model.ksa is 0. Anneal them away first (conversion.stage "
+            "anneal, with train.steps above conversion.anneal_to), or set blend to 1."
+        )
+    return across
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(folder / MODEL, "pt") as file:
-            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ParallelError(f"Checkpoint file {folder / MODEL} is damaged: {error}. Use another checkpoint.") from error
-    problems = [f"{name} is missing" for name in ours if name not in saved]
-    problems += [f"{name} is unexpected" for name in saved if name not in ours]
+
+
+def _check_shapes(folder: Path, ours: dict[str, tuple[int, ...]], module: nn.Module, across: Bridge = SAME) -> None:
+    ours = {**ours, **{name: tuple(buffer.shape) for name, buffer in _persistent_buffers(module).items()}}
+    saved = _saved_shapes(folder)
+    made = across.kept | across.copies.keys()
+    problems = [f"{name} is missing" for name in ours if name not in saved and name not in made]
+    problems += [f"{name} is unexpected" for name in saved if name not in ours and name not in across.dropped]
     problems += [
         f"{name} has shape {saved[name]} instead of {shape}"
         for name, shape in ours.items()
@@ -215,20 +251,22 @@ def _check_shapes(folder: Path, ours: dict[str, tuple[int, ...]], module: nn.Mod
         raise ParallelError(f"Checkpoint {folder} does not fit the model: {shown}. Build the model as it was saved.")
 
 
-def _restore(engine: Engine, folder: Path, kinds: tuple[str, ...]) -> None:
+def _restore(engine: Engine, folder: Path, kinds: tuple[str, ...], across: Bridge = SAME) -> None:
     with safe_open(folder / MODEL, "pt") as model, safe_open(folder / OPTIMIZER, "pt") as optimizer:
 
         def read(kind: str, name: str) -> Tensor:
-            return model.get_tensor(name) if kind == VALUE else optimizer.get_tensor(f"{kind}/{name}")
+            source = across.copies.get(name, name)
+            return model.get_tensor(source) if kind == VALUE else optimizer.get_tensor(f"{kind}/{source}")
 
-        scatter(engine, read, kinds)
-        _restore_buffers(engine.module, model)
+        scatter(engine, read, kinds, across.kept)
+        _restore_buffers(engine.module, model, across.kept)
 
 
-def _restore_buffers(module: nn.Module, file: Any) -> None:
+def _restore_buffers(module: nn.Module, file: Any, keep: Container[str] = ()) -> None:
     with torch.no_grad():
         for name, buffer in _persistent_buffers(module).items():
-            buffer.copy_(file.get_tensor(name))
+            if name not in keep:
+                buffer.copy_(file.get_tensor(name))
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

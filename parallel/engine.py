@@ -73,6 +73,11 @@ class Engine:
 
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
+        keeps = (
+            parallel_options.precision == "bf16" and ranks.is_main
+        )  # DeepSpeed casts what no optimizer has a master of
+        frozen = {name: p for name, p in model.named_parameters() if keeps and not p.requires_grad}
+        self.frozen_values = {name: p.detach().float().cpu().clone() for name, p in frozen.items()}
         model.to(ranks.device)
         self.optimizer = _torch_optimizer(model, optimizer_options, self.experts_group)
         with redirect_stdout(io.StringIO()):  # memory reports that no log level silences

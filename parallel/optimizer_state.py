@@ -8,7 +8,7 @@ optimizer holds flat tensors (`Flat.master`), and pieces of parameters lie in th
 `safe_get_full_optimizer_state` knows nothing at stage 0 and only the first parameter group at stages 1 and 2.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +156,7 @@ def gather(engine: Engine, kinds: tuple[str, ...] | None = None) -> dict[str, di
     if VALUE in wanted:
         with frozen_parameters(engine) as frozen:
             if engine.ranks.is_main:
-                full[VALUE].update({name: parameter.detach().float().cpu() for name, parameter in frozen.items()})
+                full[VALUE].update({name: _frozen_value(engine, name, p).clone() for name, p in frozen.items()})
     return full
 
 
@@ -207,8 +207,12 @@ def _joined(flat: Flat, name: str, parts: list[Tensor], shape: tuple[int, ...]) 
     return local
 
 
-def scatter(engine: Engine, read: Callable[[str, str], Tensor], kinds: tuple[str, ...]) -> None:
+def scatter(
+    engine: Engine, read: Callable[[str, str], Tensor], kinds: tuple[str, ...], keep: Container[str] = ()
+) -> None:
     """Sets this rank's pieces of `kinds` ("value", moments) to `read(kind, canonical name)`, whole fp32 CPU tensors.
+
+    Parameters named in `keep` stay as they are.
 
     With moments the optimizer's own step count becomes `engine.step`. Every rank takes part: the module's weights are
     then made from the masters.
@@ -220,6 +224,8 @@ def scatter(engine: Engine, read: Callable[[str, str], Tensor], kinds: tuple[str
         for kind in kinds:
             for piece in mine:
                 placement = engine.placements.get(piece.name, Placement(piece.name))
+                if placement.name in keep:
+                    continue
                 local = placement.cut(read(kind, placement.name)).contiguous()
                 part = local.view(-1).narrow(0, piece.start, piece.numel)
                 tensors[kind].view(-1).narrow(0, piece.offset, piece.numel).copy_(part)
@@ -228,7 +234,11 @@ def scatter(engine: Engine, read: Callable[[str, str], Tensor], kinds: tuple[str
     if VALUE in kinds:
         with frozen_parameters(engine) as frozen, torch.no_grad():
             for name, parameter in frozen.items():
+                if name in keep:
+                    continue
                 parameter.copy_(read(VALUE, name))
+                if name in engine.frozen_values:
+                    engine.frozen_values[name].copy_(read(VALUE, name))
         _refresh_module(engine)
 
 
@@ -240,6 +250,11 @@ def frozen_parameters(engine: Engine) -> Iterator[dict[str, nn.Parameter]]:
     frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
     with GatheredParameters(list(frozen.values()), modifier_rank=0):
         yield frozen
+
+
+def _frozen_value(engine: Engine, name: str, parameter: nn.Parameter) -> Tensor:
+    """In fp32 on the CPU, also where the model computes in bf16."""
+    return engine.frozen_values.get(name, parameter.detach().float().cpu())
 
 
 def _refresh_module(engine: Engine) -> None:
