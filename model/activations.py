@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from onetrain.model.flops import target_tokens
+from onetrain.model.lifelong import read_counts
 from onetrain.model.options import ModelOptions, QueryFormerOptions, Vocabulary
 from onetrain.model.parameter_counts import event_width, item_tokens, time_width
 
@@ -32,12 +33,18 @@ class SavedBytes:
 
 
 def context_positions(options: ModelOptions, vocabulary: Vocabulary) -> int:
-    """P of full sequences: the static position, and of every pathway its events, codes or queries."""
-    per_event = vocabulary.levels if options.flatten_codes else 1
-    formers = options.query_formers
-    return 1 + sum(
-        formers[name].queries if name in formers else length * per_event for name, length in vocabulary.pathways.items()
-    )
+    """P of full sequences: the static position, and of every pathway its events, codes or queries, or what the decoder
+    reads of its history.
+    """
+    per_event, positions = vocabulary.levels if options.flatten_codes else 1, 1
+    for name, length in vocabulary.pathways.items():
+        if name in options.query_formers:
+            positions += options.query_formers[name].queries
+        elif name in options.ksa:
+            positions += sum(read_counts(length * per_event, options.ksa[name]))
+        else:
+            positions += length * per_event
+    return positions
 
 
 def kv_elements(options: ModelOptions, positions: float, levels: int) -> float:

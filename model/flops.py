@@ -9,10 +9,19 @@ Legend: d = d_model, D = context width, L = SID levels, S = tokens per target, M
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from onetrain.model.options import ModelOptions, QueryFormerOptions, Vocabulary
-from onetrain.model.parameter_counts import event_width, item_tokens, swiglu, time_width
+from onetrain.model.ksa.sizes import History, full_layers, history, own_projections, projections
+from onetrain.model.options import KSAOptions, ModelOptions, QueryFormerOptions, Vocabulary
+from onetrain.model.parameter_counts import (
+    event_width,
+    is_expanded,
+    item_tokens,
+    projected_width,
+    stacks,
+    swiglu,
+    time_width,
+)
 
-PARTS = ("context", "encoder", "cross_kv", "cross", "cross_scores", "self", "ffn", "heads", "mtp", "contrastive")
+PARTS = ("context", "ksa", "encoder", "cross_kv", "cross", "cross_scores", "self", "ffn", "heads", "mtp", "contrastive")
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class Work:
     target_positions: float  # over targets: the context positions that each sees
     rows: float
     events: Mapping[str, float]  # of each pathway, in all rows
+    histories: Mapping[str, History]  # of each pathway with a stack of summary attention, in all rows
     positions: float  # over rows: positions that the context processor gives
     squared: float  # over rows: square of the length that an encoder or a decoder-only network attends over
     pairs: float  # over micro batches: square of their targets, which the contrastive loss compares
@@ -36,6 +46,7 @@ class Cost:
     target_position: float = 0.0
     row: float = 0.0
     event: Mapping[str, float] = field(default_factory=dict)
+    history: Mapping[str, History] = field(default_factory=dict)  # of one row, pair or position of each kind
     position: float = 0.0
     squared: float = 0.0
     pair: float = 0.0
@@ -43,6 +54,7 @@ class Cost:
     def of(self, work: Work) -> float:
         """Forward FLOPs of that work."""
         events = sum(cost * work.events[name] for name, cost in self.event.items())
+        events += sum(cost.dot(work.histories[name]) for name, cost in self.history.items())
         per_target = self.target * work.targets + self.target_position * work.target_positions
         return (
             per_target
@@ -57,9 +69,10 @@ class Cost:
 class ForwardFlops:
     """Cost of one forward pass by part.
 
-    context: pathways, Query-Formers, user features, time MLPs. cross_kv: keys and values projected from the context
-    (none for shared_kv). cross: query, output and gate. mtp and contrastive: the modules themselves; the additional
-    token of the contrastive loss is in cross, self and ffn.
+    context: pathways, Query-Formers, user features, time MLPs. ksa: the stacks of lifelong pathways, whose attention
+    counts the pairs that are seen, not those that a kernel computes and masks. cross_kv: keys and values projected from
+    the context (none for shared_kv). cross: query, output and gate. mtp and contrastive: the modules themselves; the
+    additional token of the contrastive loss is in cross, self and ffn.
     """
 
     options: ModelOptions
@@ -74,25 +87,35 @@ class ForwardFlops:
         rows: float,
         events: Mapping[str, float],
         micro_batches: float = 1.0,
+        histories: Mapping[str, History] | None = None,
     ) -> Work:
         """The work of `rows` contexts with these sums over them.
 
         Args: number of targets; sum over targets of the context positions each sees (the static one, the queries of
-        every Query-Former, and the visible events of the other pathways); rows; events of every pathway; the micro
-        batches, over all ranks, that these targets came in. Rows and micro batches count as equally long, which only
-        an encoder, decoder_only and the contrastive loss depend on.
+        every Query-Former, what a lifelong pathway is read as, and the visible events of the others); rows; events of
+        every pathway; the micro batches, over all ranks, that these targets came in; what the stacks of lifelong
+        pathways work on, by default with histories of equal length. Rows and micro batches count as equally long,
+        which only an encoder, decoder_only and the contrastive loss depend on.
         """
         formers = self.options.query_formers
         per_event = self.levels if self.options.flatten_codes else 1
-        positions = rows + sum(
-            rows * formers[name].queries if name in formers else count * per_event for name, count in events.items()
-        )
+        if histories is None:
+            histories = {
+                name: history(round(events[name] * per_event / rows), ksa).times(rows) if rows else History()
+                for name, ksa in self.options.ksa.items()
+            }
+        positions = rows
+        for name, count in events.items():
+            if name in histories:
+                positions += histories[name].read
+            else:
+                positions += rows * formers[name].queries if name in formers else count * per_event
         attended = positions
         if self.options.architecture == "decoder_only":
             attended += self.levels * targets
         squared = attended**2 / rows if rows else 0.0
         pairs = targets**2 / micro_batches if micro_batches else 0.0
-        return Work(targets, target_positions, rows, events, positions, squared, pairs)
+        return Work(targets, target_positions, rows, events, histories, positions, squared, pairs)
 
     def forward(self, work: Work) -> dict[str, float]:
         """FLOPs of one forward pass by part, in the order of PARTS."""
@@ -106,10 +129,16 @@ class ForwardFlops:
         rows: float,
         events: Mapping[str, float],
         micro_batches: float = 1.0,
+        histories: Mapping[str, History] | None = None,
     ) -> float:
         """Forward and backward (three times the forward) of that work; the arguments are those of `work`."""
         work = self.work(
-            targets=targets, target_positions=target_positions, rows=rows, events=events, micro_batches=micro_batches
+            targets=targets,
+            target_positions=target_positions,
+            rows=rows,
+            events=events,
+            micro_batches=micro_batches,
+            histories=histories,
         )
         return 3 * sum(self.forward(work).values())
 
@@ -118,6 +147,7 @@ def forward_flops(options: ModelOptions, vocabulary: Vocabulary) -> ForwardFlops
     """FLOPs of the network that `model.build` would make."""
     parts = {
         "context": _context(options, vocabulary),
+        "ksa": Cost(history={name: _stack(ksa) for name, ksa in stacks(options, vocabulary).items()}),
         **(
             _decoder_only(options, vocabulary) if options.architecture == "decoder_only" else _lazy(options, vocabulary)
         ),
@@ -166,10 +196,9 @@ def _context(options: ModelOptions, vocabulary: Vocabulary) -> Cost:
     per_row = 0.0
     if options.user_features:
         per_row += _linear(sum(options.width_of(name) for name in options.user_features) * out + out * out)
-    events = {}
+    events, histories = {}, {}
     for name in vocabulary.pathways:
-        former = options.query_formers.get(name)
-        inner = out if former is None else former.width
+        former, inner = options.query_formers.get(name), projected_width(options, name)
         project = width * inner + (inner * inner if options.pathway_projection == "mlp" else 0)
         events[name] = per_event * _linear(project)
         if options.time_aware:
@@ -177,7 +206,26 @@ def _context(options: ModelOptions, vocabulary: Vocabulary) -> Cost:
         if former is not None:
             events[name] += per_event * _query_former_per_event(former)
             per_row += _query_former_per_row(former) + _linear(former.queries * former.width * out)
-    return Cost(target=_linear((time + d) * d) if options.time_aware else 0.0, row=per_row, event=events)
+        elif is_expanded(options, name):
+            histories[name] = History(read=_linear(inner * out))
+    per_target = _linear((time + d) * d) if options.time_aware else 0.0
+    return Cost(target=per_target, row=per_row, event=events, history=histories)
+
+
+def _stack(ksa: KSAOptions) -> History:
+    """Of one text row, summary row and pair through all layers. Summary tokens between their own projections and the
+    text's pay for both.
+    """
+    layers, full, w = len(ksa.layers), full_layers(ksa), ksa.width
+    rest = _linear(w * w + swiglu(w, ksa.ffn_width))  # output and FFN
+    with_summaries = layers - ksa.bypass_full * full
+    both = own_projections(ksa) if ksa.blend < 1 else 0
+    return History(
+        text=layers * (_linear(projections(ksa)) + rest),
+        summaries=with_summaries * (_linear(projections(ksa)) + rest) + both * _linear(projections(ksa)),
+        pairs=(layers - full) * 4 * w,
+        full_pairs=full * 4 * w,
+    )
 
 
 def _mtp(options: ModelOptions, vocabulary: Vocabulary) -> Cost:

@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from onetrain.model.features import table_rows
-from onetrain.model.options import ModelOptions, QueryFormerOptions, Vocabulary
+from onetrain.model.ksa.sizes import stack_parameters
+from onetrain.model.options import KSAOptions, ModelOptions, QueryFormerOptions, Vocabulary
 
-PARTS = ("embeddings", "context", "encoder", "cross", "self", "ffn", "heads", "mtp", "contrastive")
+PARTS = ("embeddings", "context", "ksa", "encoder", "cross", "self", "ffn", "heads", "mtp", "contrastive")
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters by part. `active` leaves out the routed experts that a token does not run through.
 
-    embeddings: every lookup table (SIDs, features, positions, BOS); context: pathways, Query-Formers, time MLPs; cross,
-    self and ffn: the decoder's blocks with their norms; heads with theirs; contrastive: the item tower without tables.
+    embeddings: every lookup table (SIDs, features, positions, summary tokens, BOS); context: pathways, Query-Formers,
+    time MLPs; ksa: the layers of lifelong pathways; cross, self and ffn: the decoder's blocks with their norms; heads
+    with theirs; contrastive: the item tower without tables.
     """
 
     total_by_part: dict[str, int]
@@ -58,6 +60,7 @@ def parameter_counts(options: ModelOptions, vocabulary: Vocabulary) -> Parameter
     total = {
         "embeddings": _embeddings(options, vocabulary),
         "context": _context(options, vocabulary),
+        "ksa": sum(stack_parameters(ksa) for ksa in stacks(options, vocabulary).values()),
         "encoder": options.encoder_layers * (attention + d + swiglu(d, options.ffn_width)) + _if(_encodes(options), d),
         "cross": 0 if decoder_only else layers * (cross_attention(options) + d),
         "self": layers * attention,
@@ -101,6 +104,7 @@ def largest_parameter(options: ModelOptions, vocabulary: Vocabulary) -> int:
     """Elements of the largest single tensor: a table, a fused FFN matrix, one matrix of all experts, or a head."""
     d, codes = options.d_model, max(vocabulary.codes)
     sizes = [d * codes, options.width_of("sid") * codes, 3 * d * d]
+    sizes += [ksa.width * max(ksa.width, 2 * ksa.ffn_width) for ksa in stacks(options, vocabulary).values()]
     sizes += [_tables([name], vocabulary.features, options) for name in options.features]
     sizes += [_tables([name], vocabulary.user_features, options) for name in options.user_features]
     if options.contrastive.weight > 0:
@@ -146,6 +150,22 @@ def query_former(options: QueryFormerOptions) -> int:
     return options.queries * w + w + options.blocks * (4 * w * w + 2 * w + swiglu(w, options.ffn_width))
 
 
+def stacks(options: ModelOptions, vocabulary: Vocabulary) -> dict[str, KSAOptions]:
+    """The pathways with a stack of summary attention, in the order of the context."""
+    return {name: options.ksa[name] for name in vocabulary.pathways if name in options.ksa}
+
+
+def projected_width(options: ModelOptions, pathway: str) -> int:
+    """Width of a pathway's events behind its projection: of what reads them, or that of the context."""
+    reader = options.query_formers.get(pathway) or options.ksa.get(pathway)
+    return options.d_context if reader is None else reader.width
+
+
+def is_expanded(options: ModelOptions, pathway: str) -> bool:
+    """Whether what has read a pathway's events is projected to the width of the context."""
+    return pathway in options.query_formers or pathway in options.ksa
+
+
 def event_width(options: ModelOptions, vocabulary: Vocabulary) -> int:
     """C: width of an event's concatenated features (of one code's, with flatten_codes)."""
     codes = 1 if options.flatten_codes else vocabulary.levels
@@ -177,7 +197,9 @@ def _embeddings(options: ModelOptions, vocabulary: Vocabulary) -> int:
         count += options.d_context
     if options.position != "none":
         per_event = vocabulary.levels if options.flatten_codes else 1
-        count += event_width(options, vocabulary) * per_event * sum(vocabulary.pathways.values())
+        placed = sum(length for name, length in vocabulary.pathways.items() if name not in options.ksa)
+        count += event_width(options, vocabulary) * per_event * placed
+    count += sum(ksa.summaries * ksa.width for ksa in stacks(options, vocabulary).values())
     count += d + d * sum(codes if contrastive else codes[:-1])
     if options.scenario_bos:
         count += d * table_rows("scenario", vocabulary.features, options)
@@ -195,9 +217,10 @@ def _context(options: ModelOptions, vocabulary: Vocabulary) -> int:
         count += sum(options.width_of(name) for name in options.user_features) * out + out * out
     for name in vocabulary.pathways:
         former = options.query_formers.get(name)
-        inner = out if former is None else former.width
+        inner = projected_width(options, name)
         count += width * inner + _if(mlp, inner * inner) + out
-        count += 0 if former is None else query_former(former) + former.width * out
+        count += inner * out if is_expanded(options, name) else 0
+        count += 0 if former is None else query_former(former)
     if options.time_aware:
         d, time = options.d_model, time_width(options)
         count += (time + width) * width + (time + d) * d

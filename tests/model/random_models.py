@@ -1,12 +1,14 @@
 """Options of any architecture with any part, drawn at random, and inputs whose sequences are full."""
 
 import random
+from dataclasses import replace
 
 import torch
 
 from onetrain.model.inputs import Context, Events, Targets
 from onetrain.model.options import (
     ContrastiveOptions,
+    KSAOptions,
     ModelOptions,
     MoEOptions,
     MTPOptions,
@@ -86,7 +88,27 @@ def random_options(seed):
         pathways={name: draw.randint(1, 8) for name in pathways},
         user_features={"user": None, "age_group": 5},
     )
-    return options, vocab
+    stacks = {name: random_stack(draw) for name in pathways if name not in options.query_formers and flag()}
+    lengths = {name: draw.randint(1, 30) if name in stacks else length for name, length in vocab.pathways.items()}
+    return replace(options, ksa=stacks), replace(vocab, pathways=lengths)
+
+
+def random_stack(draw):
+    """Options of a small stack of summary attention."""
+    heads = draw.choice([1, 2, 4])
+    return KSAOptions(
+        width=2 * heads * draw.randint(1, 4),
+        heads=heads,
+        kv_groups=draw.choice([None, 1, heads]),
+        layers=tuple(draw.choice(["ksa", "ksa", "full"]) for _ in range(draw.randint(1, 3))),
+        chunk=draw.randint(1, 5),
+        summaries=draw.randint(0, 3),
+        window=draw.randint(0, 4),
+        blend=draw.choice([0.0, 0.4, 1.0, 1.0]),
+        bypass_full=draw.random() < 0.3,
+        qk_norm=draw.random() < 0.7,
+        d_ff=draw.choice([None, 9]),
+    )
 
 
 def full_inputs(options, vocab, rows, slots, seed=0):

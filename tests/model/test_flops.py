@@ -1,6 +1,8 @@
 """The FLOP counter against torch's, which sees the matrix products of the math kernel but not of a fused CPU one."""
 
+import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from random_models import full_inputs, random_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from onetrain.model.activations import context_positions
 from onetrain.model.build import build
 from onetrain.model.flops import PARTS, forward_flops
 from onetrain.model.loss import training_loss
@@ -15,11 +18,43 @@ from onetrain.model.options import ModelOptions, Vocabulary
 from onetrain.model.presets import PRESETS, preset, vocabulary
 
 
+class SummaryAttention:
+    """In place of the attention of text rows, whose products torch does not all count, and of which kernels compute
+    more than is seen: counts the pairs of its ranges, and gives every input a gradient without a matrix product.
+    """
+
+    def __init__(self):
+        self.flops = 0
+
+    def __call__(self, q_HTK, text, summary, ranges, kernel):
+        seen = ranges.text_end_T - ranges.text_begin_T + ranges.summary_end_T - ranges.summary_begin_T
+        self.flops += 4 * q_HTK.shape[0] * q_HTK.shape[2] * int(seen.sum())
+        return q_HTK + sum(part.sum() for part in (*text, *summary))
+
+
+def computed_but_not_seen(options, vocab, rows):
+    """FLOPs of the pairs that summary tokens compute with later summary tokens of their chunk, and mask."""
+    total, per_event = 0, vocab.levels if options.flatten_codes else 1
+    for name, ksa in options.ksa.items():
+        layers = sum(kind == "ksa" or not ksa.bypass_full for kind in ksa.layers)
+        chunks = vocab.pathways[name] * per_event // ksa.chunk
+        total += rows * layers * chunks * math.comb(ksa.summaries, 2) * 4 * ksa.width
+    return total
+
+
 def counted_by_torch(options, vocab, rows, slots):
     """(forward, forward and backward) FLOPs of one micro batch, in the loss too.
 
     In float64: torch counts nothing for the grouped products of other types.
     """
+    summary_attention = SummaryAttention()
+    with mock.patch("onetrain.model.ksa.part.attention", summary_attention):
+        forward, backward = matrix_products(options, vocab, rows, slots)
+    seen = summary_attention.flops - computed_but_not_seen(options, vocab, rows)
+    return forward + seen, forward + backward + 3 * seen
+
+
+def matrix_products(options, vocab, rows, slots):
     torch.manual_seed(0)
     model = build(options, vocab).double()
     context, targets = full_inputs(options, vocab, rows, slots)
@@ -28,16 +63,12 @@ def counted_by_torch(options, vocab, rows, slots):
             loss = training_loss(model(context, targets), options).loss
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    return forward.get_total_flops(), backward.get_total_flops()
 
 
 def counts_of(options, vocab, rows, slots):
     """The arguments of `training` for the inputs above."""
-    formers = options.query_formers
-    per_event = vocab.levels if options.flatten_codes else 1
-    positions = 1 + sum(
-        formers[name].queries if name in formers else length * per_event for name, length in vocab.pathways.items()
-    )
+    positions = context_positions(options, vocab)
     return {
         "targets": rows * slots,
         "target_positions": rows * slots * positions,
@@ -71,8 +102,8 @@ def test_the_parts_add_up_and_scale_with_the_work():
     forward = flops.forward(flops.work(**counts))
     assert tuple(forward) == PARTS
     assert flops.training(**counts) == 3 * sum(forward.values())
-    assert forward["encoder"] == forward["mtp"] == 0
-    assert all(forward[part] > 0 for part in PARTS if part not in ("encoder", "mtp"))
+    assert forward["ksa"] == forward["encoder"] == forward["mtp"] == 0
+    assert all(forward[part] > 0 for part in PARTS if part not in ("ksa", "encoder", "mtp"))
     one = flops.training(**counts_of(options, vocab, rows=1, slots=5), micro_batches=1)
     assert flops.training(**counts, micro_batches=7) == pytest.approx(7 * one)
 

@@ -9,6 +9,7 @@ from random_models import random_options
 from torch import nn
 
 from onetrain.model.build import build
+from onetrain.model.options import KSAOptions, ModelOptions, Vocabulary
 from onetrain.model.parameter_counts import PARTS, largest_parameter, parameter_counts
 from onetrain.model.presets import PRESETS, find, preset, vocabulary
 
@@ -31,6 +32,8 @@ def counted(model):
         group = name.removeprefix("tokens.").split(".")[0]
         if owner in tables:
             part = "embeddings"
+        elif ".stack.blocks." in name:
+            part = "ksa"
         elif group == "blocks":
             part = {"cros": "cross", "self": "self", "ffn": "ffn", "ffn_": "ffn"}[name.split(".")[2][:4]]
         else:
@@ -61,6 +64,21 @@ def test_every_preset_is_built_on_meta_and_counted_exactly(name, scale):
 @pytest.mark.parametrize("seed", range(60))
 def test_random_options_are_counted_exactly(seed):
     assert_equal(*random_options(seed))
+
+
+def test_random_options_have_stacks_of_every_kind():
+    stacks = [ksa for seed in range(60) for ksa in random_options(seed)[0].ksa.values()]
+    assert len(stacks) > 20
+    assert {ksa.bypass_full for ksa in stacks if "full" in ksa.layers} == {True, False}
+    assert {ksa.blend for ksa in stacks} == {0.0, 0.4, 1.0}
+    assert any(ksa.summaries == 0 for ksa in stacks)
+
+
+def test_the_largest_tensor_may_be_one_of_a_stack():
+    options = ModelOptions(d_model=8, n_heads=1, n_layers=1, embed_dim=2, ksa={"history": KSAOptions(width=64)})
+    vocab = Vocabulary(codes=(4,), features={}, pathways={"history": 9})
+    found = max(parameter.numel() for parameter in built(options, vocab).parameters())
+    assert largest_parameter(options, vocab) == found == 2 * 64 * 256
 
 
 @pytest.mark.parametrize("name", PRESETS)

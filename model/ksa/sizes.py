@@ -1,0 +1,91 @@
+"""How much a history costs: the rows, score pairs, cache rows and parameters of a stack, in closed form.
+
+Legend: w = width of the stack, C = chunk, S = summaries per chunk, W = window.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from onetrain.model.ksa.layout import score_pairs
+from onetrain.model.lifelong import read_counts
+from onetrain.model.options import KSAOptions
+
+
+class History(NamedTuple):
+    """Sums over the histories that one stack reads; `pairs` are seen by one head of one layer, own chunks included."""
+
+    text: float = 0.0  # rows: events, or codes where they are flattened
+    summaries: float = 0.0  # rows
+    pairs: float = 0.0  # of a KSA layer
+    full_pairs: float = 0.0  # of a full layer
+    read: float = 0.0  # rows that the decoder reads
+
+    def times(self, count: float) -> "History":
+        """Of so many histories like this one."""
+        return History(*(count * value for value in self))
+
+    def dot(self, other: "History") -> float:
+        """Costs of one each times counts."""
+        return sum(mine * theirs for mine, theirs in zip(self, other, strict=True))
+
+
+def history(length: int, options: KSAOptions) -> History:
+    """One history of `length` events."""
+    chunk, summaries = options.chunk, options.summaries
+    return History(
+        text=length,
+        summaries=summaries * (length // chunk),
+        pairs=score_pairs(length, chunk, summaries, options.window),
+        full_pairs=score_pairs(length, chunk, 0 if options.bypass_full else summaries, "full"),
+        read=sum(read_counts(length, options)),
+    )
+
+
+def total(histories: Iterable[History]) -> History:
+    """The sum of them."""
+    return History(*map(sum, zip(*histories, strict=True))) if (histories := list(histories)) else History()
+
+
+def stack_pairs(length: int, options: KSAOptions) -> tuple[int, int]:
+    """Score pairs of one head over all layers, and those of causal attention in as many layers."""
+    one = history(length, options)
+    full = full_layers(options)
+    pairs = (len(options.layers) - full) * one.pairs + full * one.full_pairs
+    return round(pairs), len(options.layers) * (length * (length + 1) // 2)
+
+
+def cache_rows(length: int, options: KSAOptions) -> tuple[int, int]:
+    """Rows of keys and values of one head over all layers while a history grows by events, and with full attention.
+
+    A KSA layer: the last W chunks, the current one, the summaries of all complete ones, and room for those of one more
+    (KSA, section 5.3). A full layer: all text.
+    """
+    chunk, summaries = options.chunk, options.summaries
+    ring = min(options.window, length // chunk) * chunk
+    row_count = ring + chunk + summaries * (length // chunk) + summaries
+    full = full_layers(options)
+    return (len(options.layers) - full) * row_count + full * length, len(options.layers) * length
+
+
+def full_layers(options: KSAOptions) -> int:
+    """Layers of causal attention over all text."""
+    return options.layers.count("full")
+
+
+def own_projections(options: KSAOptions) -> int:
+    """Layers whose summary tokens have projections of their own."""
+    if options.blend == 0 or options.summaries == 0:
+        return 0
+    return len(options.layers) - options.bypass_full * full_layers(options)
+
+
+def projections(options: KSAOptions) -> int:
+    """W_Q, W_K and W_V of one kind of token."""
+    return options.width * (options.width + 2 * options.groups * options.d_head)
+
+
+def stack_parameters(options: KSAOptions) -> int:
+    """Of all layers: projections, output, norms and FFN. The summary tokens are a table, and not among them."""
+    w, layers = options.width, len(options.layers)
+    one = projections(options) + w * w + 2 * w + options.qk_norm * 2 * options.d_head + 3 * w * options.ffn_width
+    return layers * one + own_projections(options) * projections(options)
