@@ -1,0 +1,108 @@
+"""Histories shared over ranks: stacks against one process in float64, and training runs against runs of one rank."""
+
+import random
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from onetrain.model.ksa.stack import KSAStack
+from onetrain.model.options import KSAOptions
+from onetrain.parallel import context_parallel
+from onetrain.parallel.mesh import Mesh
+from onetrain.parallel.options import ParallelOptions
+from onetrain.parallel.process_group import Ranks
+from onetrain.parallel.testing import WorkerPool
+
+EPS = 1e-6
+LENGTHS = {
+    "one": (61,),
+    "ragged": (7, 0, 33, 2, 19, 1),
+    "many short": (3, 2, 4, 1, 3, 2, 4, 4, 1, 3),
+    "shorter than a share": (2, 47),
+    "empty parts": (3,),
+    "nothing": (0, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, WorkerPool]]:
+    made = {ranks: WorkerPool(ranks, timeout_s=300) for ranks in (1, 2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+def cases() -> list[tuple[KSAOptions, str]]:
+    """Every kind of layer and window with some of the lengths, in random sizes."""
+    dice, found = random.Random(0), []
+    for number, (summaries, window) in enumerate(product((0, 1, 2), (0, 1, 3, 100))):
+        options = KSAOptions(
+            width=16,
+            heads=4,
+            kv_groups=dice.choice([None, 1, 2]),
+            layers=dice.choice([("ksa", "full"), ("full", "ksa"), ("ksa", "full", "ksa")]),
+            chunk=dice.randint(1, 5),
+            summaries=summaries,
+            window=window,
+            blend=dice.choice([0.0, 0.3, 1.0]),
+            bypass_full=dice.random() < 0.4,
+            qk_norm=dice.random() < 0.7,
+            d_ff=24,
+        )
+        found += [(options, name) for place, name in enumerate(LENGTHS) if (number + place) % 2 == 0]
+    return found
+
+
+def new_stack(options: KSAOptions) -> KSAStack:
+    torch.manual_seed(0)
+    made = KSAStack(options, EPS).double()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.4) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return made
+
+
+def one_pass(stack: KSAStack, lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """States of random rows, some asked for twice, and every gradient of a loss that all ranks compute alike."""
+    g = torch.Generator().manual_seed(1)
+    layout = stack.layout(list(lengths), torch.device("cpu"))
+    x_TD = torch.randn(layout.n_text, stack.options.width, generator=g, dtype=torch.float64, requires_grad=True)
+    rows = layout.n_text + layout.n_summaries
+    rows_P = torch.randint(rows, (rows + 5,), generator=g) if rows else torch.empty(0, dtype=torch.int64)
+    part = stack.sequence.part(layout)
+    states_PD = stack(x_TD[part.text], part, rows_P)
+    (states_PD * torch.randn(states_PD.shape, generator=g, dtype=torch.float64)).sum().backward()
+    return states_PD.detach(), {"x": x_TD.grad, **{name: p.grad for name, p in stack.named_parameters()}}
+
+
+def deviations(ranks: Ranks) -> list[tuple[float, float]]:
+    """Of every case the worst deviation of a state on this rank, and of a gradient added up over ranks."""
+    mesh = Mesh.plan(ranks.world_size, ParallelOptions(context_parallel=ranks.world_size, global_batch_size=4))
+    group = context_parallel.start(mesh, 60)
+    found = []
+    for options, name in cases():
+        stack = new_stack(options)
+        expected_PD, expected = one_pass(stack, LENGTHS[name])
+        stack.zero_grad()
+        context_parallel.apply(stack, group)
+        states_PD, gradients = one_pass(stack, LENGTHS[name])
+        worst = torch.zeros(())
+        for key, value in expected.items():
+            gradient = gradients[key]
+            assert (gradient is None) == (value is None), (options, name, key)  # else ZeRO's buckets would differ
+            if value is not None and gradient is not None and value.numel():
+                dist.all_reduce(gradient)
+                worst = torch.maximum(worst, (gradient / ranks.world_size - value).abs().max())
+        found.append((float((states_PD - expected_PD).abs().amax()) if len(states_PD) else 0.0, float(worst)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_stacks_compute_what_one_process_does(pools: dict[int, WorkerPool], ranks: int) -> None:
+    for of_rank in pools[ranks].run(deviations):
+        for case, (state, gradient) in zip(cases(), of_rank, strict=True):
+            assert state < 1e-10, case
+            assert gradient < 1e-10, case
