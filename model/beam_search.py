@@ -4,7 +4,7 @@ Legend: B users, K beams, L SID levels, V codes per level, C most children of a 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +25,21 @@ class Beams(NamedTuple):
 
 @torch.no_grad()
 def beam_search(
-    model: SidDecoder, context: Context, trie: SidTrie, beam_size: int, request: Mapping[str, Tensor] | None = None
+    model: SidDecoder,
+    context: Context,
+    trie: SidTrie,
+    beam_size: int,
+    request: Mapping[str, Tensor] | None = None,
+    state: Any | None = None,
 ) -> Beams:
     """The `beam_size` most probable valid SIDs of each context row; exact if no level has more prefixes than beams.
 
     The context is processed once and shared by all beams; keys of earlier tokens are cached. With MTP the main stack
     runs once, and p is the product of what main stack and modules predict. `request` holds ids (B,) of the moment's
-    features.
+    features. `state` is what the model starts from when the context has been processed already.
     """
-    state = model.start(context, request or {})
+    if state is None:
+        state = model.start(context, request or {})
     rows, device = len(context.length_B), context.length_B.device
     code_BK: Tensor | None = None
     codes_BKL = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onetrain.model.attention import KeyValue, for_attention, split_heads
 from onetrain.model.features import EventFeatures, FeatureTables, TimeMLP, module_key
 from onetrain.model.inputs import Context, Events
+from onetrain.model.ksa.cache import History
 from onetrain.model.lifelong import LifelongPathway
 from onetrain.model.options import ModelOptions, Vocabulary
 from onetrain.model.pathway import ALWAYS, NEVER, Pathway, Positions, Project
@@ -72,13 +73,45 @@ class ContextProcessor(nn.Module):
 
         While training, `context_dropout` hides events at random, alike from every target of a row.
         """
+        return self._all(context, [self._pathway(name, context.sequences[name]) for name in self.names])
+
+    def start(self, context: Context) -> tuple[Positions, dict[str, History]]:
+        """What `forward` returns, and the histories of the lifelong pathways by name. Evaluation mode."""
+        histories, parts = {}, []
+        for name in self.names:
+            pathway = self.pathways[module_key(name)]
+            if isinstance(pathway, LifelongPathway):
+                part, histories[name] = pathway.start(*self._events(context.sequences[name]))
+            else:
+                part = self._pathway(name, context.sequences[name])
+            parts.append(part)
+        return self._all(context, parts), histories
+
+    def append(self, context: Context, histories: Mapping[str, History]) -> Positions:
+        """What `forward` returns for all events so far: `context` has only the new events of lifelong pathways, whose
+        histories they continue, and everything of the others."""
+        parts = []
+        for name in self.names:
+            pathway, events = self.pathways[module_key(name)], context.sequences[name]
+            if isinstance(pathway, LifelongPathway):
+                x_BNC, length_B, _ = self._events(events)
+                parts.append(pathway.append(histories[name], x_BNC, length_B))
+            else:
+                parts.append(self._pathway(name, events))
+        return self._all(context, parts)
+
+    def _all(self, context: Context, parts: list[Positions]) -> Positions:
+        """The static position, then those of the pathways."""
         rows = len(context.length_B)
         static_B1D = self.static(context.user, rows)
-        parts = [Positions(static_B1D, torch.full((rows, 1), ALWAYS, device=static_B1D.device))]
-        parts += [self._pathway(name, context.sequences[name]) for name in self.names]
+        parts = [Positions(static_B1D, torch.full((rows, 1), ALWAYS, device=static_B1D.device)), *parts]
         return Positions(torch.cat([x for x, _ in parts], dim=1), torch.cat([index for _, index in parts], dim=1))
 
     def _pathway(self, name: str, events: Events) -> Positions:
+        return self.pathways[module_key(name)](*self._events(events))
+
+    def _events(self, events: Events) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, N, C), lengths (B,) and indices (B, N) of a pathway's events, or of their codes."""
         x_BNC = self.features(events.sid_BNL, events.features)
         index_BN, length_B = events.index_BN, events.length_B
         real_BN = torch.arange(index_BN.shape[1], device=index_BN.device) < length_B[:, None]
@@ -91,7 +124,7 @@ class ContextProcessor(nn.Module):
             time_BNC = None if time_BNC is None else time_BNC.repeat_interleave(self.levels, dim=1)
         if time_BNC is not None:
             x_BNC = x_BNC + time_BNC
-        return self.pathways[module_key(name)](x_BNC, length_B, index_BN)
+        return x_BNC, length_B, index_BN
 
     def key_value_sets(self, x_BPD: Tensor) -> list[KeyValue]:
         """{(k_l, v_l)}: the width split into S_kv * L_kv chunks, RMSNorm each; L_kv sets of (B, G, P, K)."""

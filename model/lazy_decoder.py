@@ -10,6 +10,7 @@ K beams, L SID levels, D width, V codes per level.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from onetrain.model.attention import KeyValue
@@ -18,10 +19,11 @@ from onetrain.model.context import ContextProcessor
 from onetrain.model.contrastive import ItemTower
 from onetrain.model.decoder import Contrast, Predictions, SidDecoder, TargetLayout
 from onetrain.model.inputs import Context, Targets
+from onetrain.model.ksa.cache import History
 from onetrain.model.moe import routing_summary
 from onetrain.model.mtp import LiteModule
 from onetrain.model.options import ModelOptions, Vocabulary
-from onetrain.model.pathway import NEVER
+from onetrain.model.pathway import NEVER, Positions
 
 
 class Memory(NamedTuple):
@@ -89,7 +91,24 @@ class LazyDecoder(SidDecoder):
 
     def remember(self, context: Context) -> Memory:
         """Process the context: once per request, whatever the number of targets or beams."""
-        x_BPD, index_BP = self.context(context)
+        return self._memory(self.context(context))
+
+    @torch.no_grad()
+    def remember_and_keep(self, context: Context) -> tuple[Memory, dict[str, History]]:
+        """`remember`, and the histories of the lifelong pathways, for `remember_more`. Evaluation mode."""
+        positions, histories = self.context.start(context)
+        return self._memory(positions), histories
+
+    @torch.no_grad()
+    def remember_more(self, context: Context, histories: Mapping[str, History]) -> Memory:
+        """`remember` of all events so far; of the lifelong pathways, `context` has only those that are new.
+
+        The histories are continued in place. Other pathways and the user's features are given in full.
+        """
+        return self._memory(self.context.append(context, histories))
+
+    def _memory(self, positions: Positions) -> Memory:
+        x_BPD, index_BP = positions
         if self.encoder is not None:
             x_BPD = self.encoder(x_BPD, index_BP != NEVER)
         if self.options.cross_attention == "projected_kv":
@@ -120,7 +139,11 @@ class LazyDecoder(SidDecoder):
 
     def start(self, context: Context, request: Mapping[str, Tensor]) -> BeamState:
         """Process the context once, for all beams of its rows."""
-        return BeamState(self.remember(context), request, [], None)
+        return self.start_from(self.remember(context), request)
+
+    def start_from(self, memory: Memory, request: Mapping[str, Tensor]) -> BeamState:
+        """From a context that is processed."""
+        return BeamState(memory, request, [], None)
 
     def step(self, state: BeamState, level: int, code_BK: Tensor | None) -> tuple[Tensor, BeamState]:
         """Logits (B * K, V) of `level`; with MTP, the main stack runs at level 0 only."""

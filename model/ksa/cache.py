@@ -1,12 +1,12 @@
-"""What a stack of summary attention keeps of histories that go on (KSA, section 5.1): keys and values of every layer, and
-the states behind the last one.
+"""What a stack of summary attention keeps of histories that go on (KSA, section 5.1): keys and values of every layer,
+and the states behind the last one.
 
-Text token t of a history lies in slot t mod `ring`, its summary row r in slot ring + r. Nothing is moved or cleared when
-a chunk leaves the window: which slots a token sees follows from its position alone. So whatever lies beyond the lengths
-of the histories does not exist, and one assignment of the lengths makes it exist.
+Text token t of a history lies in slot t mod `ring`, its summary row r in slot ring + r. Nothing is moved or cleared
+when a chunk leaves the window: which slots a token sees follows from its position alone. So what lies beyond the length
+of a history does not exist, and one assignment of the lengths makes it exist.
 
-Legend: B histories, N slots, X rows written, Z chunks, P rows read, C chunk, S summaries per chunk, H heads, G KV groups,
-F = H / G, K head width, D width.
+Legend: B histories, N slots, X rows written, Z chunks, P rows read, C chunk, S summaries per chunk, H heads,
+G KV groups, F = H / G, K head width, D width.
 """
 
 import math
@@ -21,8 +21,10 @@ from onetrain.model.precision import wide
 
 
 def grown(x: Tensor, slots: int) -> Tensor:
-    """`x` (..., N, K) with room for at least `slots`, and with a quarter more than it had: rarely copied, half at most
-    of one copy per row in the long run unused. New slots are zero."""
+    """`x` (..., N, K) with room for `slots`; if it must grow, then by a quarter at least, so that it is rarely copied.
+
+    New slots are zero: what nobody sees still meets a weight of zero, so it must be finite.
+    """
     had = x.shape[-2]
     if slots <= had:
         return x
@@ -92,9 +94,7 @@ class LayerCache:
 
     def attend(self, q_HBK: Tensor, seen_BN: Tensor) -> Tensor:
         """One text token of every history attends to the slots that it sees; (H, B, K)."""
-        key_BGNK, value_BGNK = (
-            wide(cache[:, :, : seen_BN.shape[1]]) for cache in (self.key_BGNK, self.value_BGNK)
-        )
+        key_BGNK, value_BGNK = (wide(cache[:, :, : seen_BN.shape[1]]) for cache in (self.key_BGNK, self.value_BGNK))
         q_BGFK = wide(q_HBK).unflatten(0, (self.options.groups, -1)).permute(2, 0, 1, 3)
         score_BGFN = q_BGFK @ key_BGNK.transpose(-1, -2) / math.sqrt(q_HBK.shape[-1])
         weight_BGFN = score_BGFN.masked_fill(~seen_BN[:, None, None], -math.inf).softmax(-1)

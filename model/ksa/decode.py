@@ -31,14 +31,10 @@ class _Filling(Sequence):
         """As for any histories; keys that no later token can see are not kept."""
         layout, layer = part.layout, self.layer
         row_T, row_R, number_R = history_rows(layout)
-        position_T = layout.position_T
-        if not layer.full:
-            kept_T = position_T >= layout.length_U.to(layout.device)[row_T] - layer.ring
-            row_T, position_T = row_T[kept_T], position_T[kept_T]
-            layer.write_summaries(row_R, number_R, summary)
-            layer.write_text(row_T, position_T, KeyValue(*(x_GTK[:, kept_T] for x_GTK in text)))
-        else:
-            layer.write_text(row_T, position_T, text)
+        left_T = layout.length_U.to(layout.device)[row_T] - layout.position_T  # tokens from here to the end
+        kept_T = torch.ones_like(left_T, dtype=torch.bool) if layer.full else left_T <= layer.ring
+        layer.write_text(row_T[kept_T], layout.position_T[kept_T], KeyValue(*(x_GTK[:, kept_T] for x_GTK in text)))
+        layer.write_summaries(row_R, number_R, summary)
         return super().attend(q_HTK, text, summary, part, window, kernel)
 
 
@@ -66,8 +62,8 @@ def step(stack: KSAStack, history: History, x_BD: Tensor, active_B: Tensor | Non
     active_B = torch.ones(rows, dtype=torch.bool) if active_B is None else active_B.cpu()
     if len(x_BD) != rows or len(active_B) != rows:
         raise ValueError(
-            f"{len(x_BD)} tokens and {len(active_B)} marks of activity for {rows} histories; give one for each, and say "
-            "in active_B which sit out"
+            f"{len(x_BD)} tokens and {len(active_B)} marks of activity for {rows} histories; give one for each, and "
+            "say in active_B which sit out"
         )
     if not active_B.any():
         return x_BD
@@ -119,7 +115,9 @@ class _Token:
             summary = attention.project_summaries(h_AD[text:], self.summary_position_R)
             layer.write_summaries(self.row_R, self.number_R, summary.kv)
             of_chunks = layer.chunk_text(self.chunk_row_Z, self.first_Z)
-            rows_ZC = torch.arange(of_chunks.key_BGNK.shape[1], device=h_AD.device).unflatten(0, (len(self.first_Z), -1))
+            rows_ZC = torch.arange(of_chunks.key_BGNK.shape[1], device=h_AD.device).unflatten(
+                0, (len(self.first_Z), -1)
+            )
             own_HRK = own_chunk_attention(summary, of_chunks, rows_ZC, self.summaries)
             y_HAK = torch.cat((y_HAK, own_HRK), dim=1)
         return attention.out(y_HAK.transpose(0, 1).flatten(1))
