@@ -13,8 +13,11 @@ from onetrain.launcher.console import print_warning
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.router_metrics import RouterMetrics
 from onetrain.model.flops import forward_flops
+from onetrain.model.ksa.sizes import StackWork, stack_work, total
+from onetrain.model.lifelong import read_counts
 from onetrain.model.moe import routers
 from onetrain.model.options import Vocabulary
+from onetrain.model.parameter_counts import stacks
 from onetrain.parallel.engine import Engine, StepResult
 from onetrain.parallel.process_group import all_reduce_sum
 
@@ -39,10 +42,13 @@ class Meter:
         yield
         self._waited += step.waited_s
         self._padding.append(step.padding)
+        ksa = self.config.model.ksa
         for batch in step.micro_batches:
             self._targets += int((batch.weight_BT > 0).sum())
             self._positions += self._visible(batch)
             self._events.update(batch.n_events)
+            for name, lengths in self._lengths(batch).items():
+                self._work[name] = total([self._work[name], *(stack_work(length, ksa[name]) for length in lengths)])
             self._samples += batch.rows
             self._micro_batches += 1
 
@@ -69,8 +75,10 @@ class Meter:
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         names = list(self.vocabulary.pathways)
         local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
+        local += [count for work in self._work.values() for count in work]
         waited, *counts = all_reduce_sum([self._waited, *map(float, local)], self.ranks)
-        targets, positions, samples, micro_batches, *events = (count / self.readers for count in counts)
+        targets, positions, samples, micro_batches, *counts = (count / self.readers for count in counts)
+        events, counts, width = counts[: len(names)], counts[len(names) :], len(StackWork._fields)
         weight = max(sum(result.weight for result in self._results), 1e-12)
         last = self._results[-1]
         flops = self.flops.training(
@@ -79,6 +87,7 @@ class Meter:
             rows=samples,
             events=dict(zip(names, events, strict=True)),
             micro_batches=micro_batches,
+            histories={n: StackWork(*counts[i * width : (i + 1) * width]) for i, n in enumerate(self._work)},
         )
         report = {
             "loss": sum(result.loss * result.weight for result in self._results) / weight,
@@ -124,9 +133,13 @@ class Meter:
         """Context positions that the targets of a batch see, summed over targets."""
         options = self.config.model
         real_BT = batch.weight_BT > 0
-        per_event = self.vocabulary.levels if options.flatten_codes else 1
+        per_event, lengths = self.vocabulary.levels if options.flatten_codes else 1, self._lengths(batch)
         visible = int(real_BT.sum())  # the static position
         for name, events in batch.sequences.items():
+            if name in lengths:
+                read_B = torch.tensor([sum(read_counts(length, options.ksa[name])) for length in lengths[name]])
+                visible += int((read_B * real_BT.sum(1)).sum())
+                continue
             if name in options.query_formers:
                 visible += options.query_formers[name].queries * int(real_BT.sum())
                 continue
@@ -134,6 +147,11 @@ class Meter:
             seen_BTN = (events.index_BN[:, None] < batch.end_BT[..., None]) & real_BN[:, None] & real_BT[..., None]
             visible += per_event * int(seen_BTN.sum())
         return visible
+
+    def _lengths(self, batch: Batch) -> dict[str, list[int]]:
+        """Of every lifelong pathway the lengths of its histories, in what its stack takes for a token."""
+        per_event = self.vocabulary.levels if self.config.model.flatten_codes else 1
+        return {name: (batch.sequences[name].length_B * per_event).tolist() for name in self._work}
 
     def line(self, step: int, last_step: int, metrics: dict[str, float]) -> str:
         """One line of progress with the time left."""
@@ -157,6 +175,7 @@ class Meter:
         self._paused = self._waited = 0.0
         self._targets = self._positions = self._samples = self._micro_batches = 0
         self._events: Counter[str] = Counter()
+        self._work = dict.fromkeys(stacks(self.config.model, self.vocabulary), StackWork())
         self._padding: list[float] = []
         self._results: list[StepResult] = []
 

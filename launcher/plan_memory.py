@@ -87,7 +87,8 @@ def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False)
         parameters = tensor_parallel_parameters(model, vocabulary, options.tensor_parallel, MIN_ROWS)
     state = state_bytes(options, config.optimizer, mesh.data_parallel, parameters, experts)
     samples, per_sample = mesh.micro_batch_size, config.plan.targets_per_request
-    recomputed = chosen(options.checkpoint_blocks, model.encoder_layers + model.n_layers)
+    blocks = sum(len(ksa.layers) for ksa in model.ksa.values()) + model.encoder_layers + model.n_layers
+    recomputed = chosen(options.checkpoint_blocks, blocks)
     saved = saved_bytes(
         model,
         vocabulary,

@@ -12,9 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from onetrain.model.flops import target_tokens
+from onetrain.model.ksa.activations import StackBytes
+from onetrain.model.ksa.sizes import StackWork, stack_work
 from onetrain.model.lifelong import read_counts
 from onetrain.model.options import ModelOptions, QueryFormerOptions, Vocabulary
-from onetrain.model.parameter_counts import event_width, item_tokens, time_width
+from onetrain.model.parameter_counts import event_width, item_tokens, projected_width, stacks, time_width
 
 ID_BYTES = 8
 WIDE_BYTES = 4  # of probabilities, routing scores and softmax statistics, at any precision
@@ -75,14 +77,16 @@ def saved_bytes(
 
     Args: `element_bytes` of weights and hidden states (2 for bf16); `micro_batch_targets` that the contrastive loss
     compares with each other, by default the sample's own; `on_cpu` for the CPU's kernels; `recomputed` blocks keep
-    their input only (the encoder's blocks count first); with `loss_in_chunks` no logits are kept; `tensor_parallel`
+    their input only (numbered as the forward pass runs them: those of lifelong pathways, of the encoder, of the
+    decoder); with `loss_in_chunks` no logits are kept; `tensor_parallel`
     ranks share the heads of attention, hidden units and codes.
     """
     if micro_batch_targets is None:
         micro_batch_targets = targets
     count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel)
-    parts = {"context": count.context()}
+    parts = {"context": count.context(), "ksa": count.stacks(recomputed)}
     head = 0.0 if loss_in_chunks else count.heads(0)
+    recomputed = [index - count.stack_blocks for index in recomputed if index >= count.stack_blocks]
     kept = options.n_layers - sum(index >= options.encoder_layers for index in recomputed)
     if options.architecture == "decoder_only":
         length = count.positions + vocabulary.levels * targets
@@ -138,7 +142,8 @@ def passing_bytes(
     else:
         alive = min(loss_chunk, rows * targets) * codes * (3 * WIDE_BYTES + element_bytes)
         loss, gone = alive + 2 * options.d_model * codes * element_bytes, 0.0
-    blocks = []
+    blocks = [rows * passing for passing in count.stacks_passing(recomputed)]
+    recomputed = [index - count.stack_blocks for index in recomputed if index >= count.stack_blocks]
     for block in range(options.n_layers):
         again = 0.0
         if options.encoder_layers + block in recomputed:
@@ -167,6 +172,25 @@ class _Counter:
         self.copy = self.state if self.state > element else 0  # what it keeps beside the original
         self.mask = WIDE_BYTES if on_cpu else element
         self.positions = context_positions(options, vocabulary)
+        per_event = vocabulary.levels if options.flatten_codes else 1
+        self.histories: list[tuple[StackBytes, StackWork]] = [
+            (StackBytes(ksa, element, on_cpu), stack_work(vocabulary.pathways[name] * per_event, ksa))
+            for name, ksa in stacks(options, vocabulary).items()
+        ]
+        self.stack_blocks = sum(len(stack.options.layers) for stack, _ in self.histories)
+
+    def stacks(self, recomputed: Collection[int]) -> float:
+        """Of one row: the blocks of all lifelong pathways."""
+        sizes = [(size, stack.input(work)) for stack, work in self.histories for size in stack.blocks(work)]
+        return sum(entry if index in recomputed else size for index, (size, entry) in enumerate(sizes))
+
+    def stacks_passing(self, recomputed: Collection[int]) -> list[float]:
+        """Of one row: what each of those blocks has for a moment of its backward pass, on top of what is saved."""
+        sizes = [(stack, work, size) for stack, work in self.histories for size in stack.blocks(work)]
+        again = [
+            size - stack.input(work) if index in recomputed else 0.0 for index, (stack, work, size) in enumerate(sizes)
+        ]
+        return [more + stack.passing(work) for more, (stack, work, _) in zip(again, sizes, strict=True)]
 
     def cross(self) -> float:
         """Of one token in one block: residual, its norm, query, output; mask and statistics of the attention."""
@@ -268,19 +292,21 @@ class _Counter:
         user = sum(options.width_of(name) for name in options.user_features)
         elements, other = (1 + self.norm) * out + (user + 2 * out if user else 0), 0.0
         for name, length in vocabulary.pathways.items():
-            former = options.query_formers.get(name)
-            inner = out if former is None else former.width
-            event = width + 2 * inner * mlp
-            if former is None:
-                other += length * per_event * (1 + self.norm) * out * self.state
-            else:
+            former, inner, tokens = options.query_formers.get(name), projected_width(options, name), length * per_event
+            event, normed = width + 2 * inner * mlp, tokens
+            if former is not None:
                 event += self._read_by(former)
                 elements += former.queries * (former.width + (1 + self.norm) * out)
-                other += self._queries(former) + former.blocks * length * per_event * self.mask
-            elements += length * per_event * event
+                other += self._queries(former) + former.blocks * tokens * self.mask
+            elif name in options.ksa:
+                normed = sum(read_counts(tokens, options.ksa[name]))
+                other += normed * (inner * self.element + ID_BYTES) + tokens  # the mask that packs the events
+            if former is None:
+                other += normed * (1 + self.norm) * out * self.state
+            elements += tokens * event
             if options.time_aware:
                 elements += length * (time + 2 * width)
-            other += length * (ids * ID_BYTES + per_event * WIDE_BYTES)
+            other += length * ids * ID_BYTES + normed * WIDE_BYTES
         if options.architecture == "lazy_decoder" and options.cross_attention == "shared_kv":
             other += self.positions * (2 + self.norm) * out * self.state  # all as the norms' input, and their output
             other += self.positions * options.l_kv * options.s_kv * WIDE_BYTES

@@ -9,7 +9,7 @@ Legend: d = d_model, D = context width, L = SID levels, S = tokens per target, M
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from onetrain.model.ksa.sizes import History, full_layers, history, own_projections, projections
+from onetrain.model.ksa.sizes import StackWork, full_layers, own_projections, projections, stack_work
 from onetrain.model.options import KSAOptions, ModelOptions, QueryFormerOptions, Vocabulary
 from onetrain.model.parameter_counts import (
     event_width,
@@ -32,7 +32,7 @@ class Work:
     target_positions: float  # over targets: the context positions that each sees
     rows: float
     events: Mapping[str, float]  # of each pathway, in all rows
-    histories: Mapping[str, History]  # of each pathway with a stack of summary attention, in all rows
+    histories: Mapping[str, StackWork]  # of each pathway with a stack of summary attention, in all rows
     positions: float  # over rows: positions that the context processor gives
     squared: float  # over rows: square of the length that an encoder or a decoder-only network attends over
     pairs: float  # over micro batches: square of their targets, which the contrastive loss compares
@@ -46,7 +46,7 @@ class Cost:
     target_position: float = 0.0
     row: float = 0.0
     event: Mapping[str, float] = field(default_factory=dict)
-    history: Mapping[str, History] = field(default_factory=dict)  # of one row, pair or position of each kind
+    history: Mapping[str, StackWork] = field(default_factory=dict)  # of one row, pair or position of each kind
     position: float = 0.0
     squared: float = 0.0
     pair: float = 0.0
@@ -87,7 +87,7 @@ class ForwardFlops:
         rows: float,
         events: Mapping[str, float],
         micro_batches: float = 1.0,
-        histories: Mapping[str, History] | None = None,
+        histories: Mapping[str, StackWork] | None = None,
     ) -> Work:
         """The work of `rows` contexts with these sums over them.
 
@@ -101,7 +101,7 @@ class ForwardFlops:
         per_event = self.levels if self.options.flatten_codes else 1
         if histories is None:
             histories = {
-                name: history(round(events[name] * per_event / rows), ksa).times(rows) if rows else History()
+                name: stack_work(round(events[name] * per_event / rows), ksa).times(rows) if rows else StackWork()
                 for name, ksa in self.options.ksa.items()
             }
         positions = rows
@@ -129,7 +129,7 @@ class ForwardFlops:
         rows: float,
         events: Mapping[str, float],
         micro_batches: float = 1.0,
-        histories: Mapping[str, History] | None = None,
+        histories: Mapping[str, StackWork] | None = None,
     ) -> float:
         """Forward and backward (three times the forward) of that work; the arguments are those of `work`."""
         work = self.work(
@@ -207,12 +207,12 @@ def _context(options: ModelOptions, vocabulary: Vocabulary) -> Cost:
             events[name] += per_event * _query_former_per_event(former)
             per_row += _query_former_per_row(former) + _linear(former.queries * former.width * out)
         elif is_expanded(options, name):
-            histories[name] = History(read=_linear(inner * out))
+            histories[name] = StackWork(read=_linear(inner * out))
     per_target = _linear((time + d) * d) if options.time_aware else 0.0
     return Cost(target=per_target, row=per_row, event=events, history=histories)
 
 
-def _stack(ksa: KSAOptions) -> History:
+def _stack(ksa: KSAOptions) -> StackWork:
     """Of one text row, summary row and pair through all layers. Summary tokens between their own projections and the
     text's pay for both.
     """
@@ -220,7 +220,7 @@ def _stack(ksa: KSAOptions) -> History:
     rest = _linear(w * w + swiglu(w, ksa.ffn_width))  # output and FFN
     with_summaries = layers - ksa.bypass_full * full
     both = own_projections(ksa) if ksa.blend < 1 else 0
-    return History(
+    return StackWork(
         text=layers * (_linear(projections(ksa)) + rest),
         summaries=with_summaries * (_linear(projections(ksa)) + rest) + both * _linear(projections(ksa)),
         pairs=(layers - full) * 4 * w,

@@ -1,9 +1,9 @@
 """How much a history costs: the rows, score pairs, cache rows and parameters of a stack, in closed form.
 
-Legend: w = width of the stack, C = chunk, S = summaries per chunk, W = window.
+Legend: w = width of the stack, C = chunk, W = window.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from onetrain.model.ksa.layout import score_pairs
@@ -11,7 +11,7 @@ from onetrain.model.lifelong import read_counts
 from onetrain.model.options import KSAOptions
 
 
-class History(NamedTuple):
+class StackWork(NamedTuple):
     """Sums over the histories that one stack reads; `pairs` are seen by one head of one layer, own chunks included."""
 
     text: float = 0.0  # rows: events, or codes where they are flattened
@@ -20,19 +20,19 @@ class History(NamedTuple):
     full_pairs: float = 0.0  # of a full layer
     read: float = 0.0  # rows that the decoder reads
 
-    def times(self, count: float) -> "History":
+    def times(self, count: float) -> "StackWork":
         """Of so many histories like this one."""
-        return History(*(count * value for value in self))
+        return StackWork(*(count * value for value in self))
 
-    def dot(self, other: "History") -> float:
+    def dot(self, other: "StackWork") -> float:
         """Costs of one each times counts."""
         return sum(mine * theirs for mine, theirs in zip(self, other, strict=True))
 
 
-def history(length: int, options: KSAOptions) -> History:
+def stack_work(length: int, options: KSAOptions) -> StackWork:
     """One history of `length` events."""
     chunk, summaries = options.chunk, options.summaries
-    return History(
+    return StackWork(
         text=length,
         summaries=summaries * (length // chunk),
         pairs=score_pairs(length, chunk, summaries, options.window),
@@ -41,30 +41,28 @@ def history(length: int, options: KSAOptions) -> History:
     )
 
 
-def total(histories: Iterable[History]) -> History:
-    """The sum of them."""
-    return History(*map(sum, zip(*histories, strict=True))) if (histories := list(histories)) else History()
+def total(work: Sequence[StackWork]) -> StackWork:
+    """The sum of one or more."""
+    return StackWork(*map(sum, zip(*work, strict=True)))
 
 
 def stack_pairs(length: int, options: KSAOptions) -> tuple[int, int]:
     """Score pairs of one head over all layers, and those of causal attention in as many layers."""
-    one = history(length, options)
+    one = stack_work(length, options)
     full = full_layers(options)
     pairs = (len(options.layers) - full) * one.pairs + full * one.full_pairs
     return round(pairs), len(options.layers) * (length * (length + 1) // 2)
 
 
 def cache_rows(length: int, options: KSAOptions) -> tuple[int, int]:
-    """Rows of keys and values of one head over all layers while a history grows by events, and with full attention.
+    """Rows of keys and values of one KV group that a decode keeps, over all layers, and those of full attention.
 
-    A KSA layer: the last W chunks, the current one, the summaries of all complete ones, and room for those of one more
-    (KSA, section 5.3). A full layer: all text.
+    A KSA layer: the last W chunks, the current one, and the summaries of all complete ones (KSA, section 5.3, without
+    its scratch rows). A full layer: all text.
     """
-    chunk, summaries = options.chunk, options.summaries
-    ring = min(options.window, length // chunk) * chunk
-    row_count = ring + chunk + summaries * (length // chunk) + summaries
+    window = min(length, (options.window + 1) * options.chunk) + options.summaries * (length // options.chunk)
     full = full_layers(options)
-    return (len(options.layers) - full) * row_count + full * length, len(options.layers) * length
+    return (len(options.layers) - full) * window + full * length, len(options.layers) * length
 
 
 def full_layers(options: KSAOptions) -> int:

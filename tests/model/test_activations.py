@@ -7,7 +7,7 @@ from random_models import full_inputs, random_options
 from onetrain.model.activations import context_positions, kv_elements, passing_bytes, saved_bytes
 from onetrain.model.build import build
 from onetrain.model.loss import training_loss
-from onetrain.model.options import ModelOptions, MoEOptions, Vocabulary
+from onetrain.model.options import KSAOptions, ModelOptions, MoEOptions, Vocabulary
 from onetrain.model.presets import PRESETS, preset, vocabulary
 from onetrain.parallel import activation_checkpointing
 
@@ -88,6 +88,47 @@ def test_half_precision_saves_fp32_copies_for_the_cpu(experts):
     vocab = Vocabulary(codes=(300, 200, 100), features={}, pathways={"history": 12})
     found = saved_by_autograd(options, vocab, 8, 3, dtype=torch.bfloat16)
     assert 8 * saved_bytes(options, vocab, 3, 2, 24, on_cpu=True).total == pytest.approx(found, rel=0.05)
+
+
+STACKS = {
+    "hybrid": {},
+    "summaries bypass full layers": {"layers": ("ksa", "full", "full"), "bypass_full": True},
+    "no summaries": {"summaries": 0},
+    "blended projections": {"blend": 0.3, "kv_groups": 2},
+    "three summaries, no QK-norm": {"summaries": 3, "qk_norm": False},
+    "shared projections": {"blend": 0.0, "kv_groups": 1},
+}
+
+
+def long_history(**changes):
+    """A small decoder behind a stack that nearly everything is saved in."""
+    ksa = KSAOptions(**{"width": 48, "heads": 4, "chunk": 4, "window": 10, **changes})
+    options = ModelOptions(d_model=8, n_heads=1, n_layers=2, embed_dim=4, ksa={"history": ksa})
+    return options, Vocabulary(codes=(30, 20, 10), features={}, pathways={"history": 301})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", STACKS)
+def test_a_stack_saves_what_is_estimated(kind, dtype):
+    options, vocab = long_history(**STACKS[kind])
+    found = saved_by_autograd(options, vocab, 4, 3, dtype=dtype)
+    saved = saved_bytes(options, vocab, 3, dtype.itemsize, 12, on_cpu=True)
+    assert 4 * saved.total == pytest.approx(found, rel=0.01)
+    assert saved.parts["ksa"] > 0.8 * saved.total
+
+
+@pytest.mark.parametrize("recomputed", [(0,), (1, 3), range(6)])
+def test_recomputed_blocks_of_a_stack_come_before_the_decoders(recomputed):
+    options, vocab = long_history()
+    found = saved_by_autograd(options, vocab, 4, 3, recomputed)
+    assert estimate(options, vocab, 4, 3, recomputed=recomputed) == pytest.approx(found, rel=0.02)
+
+
+def test_a_recomputed_block_of_a_stack_is_needed_while_its_gradient_is_computed():
+    options, vocab = long_history(layers=("ksa", "ksa"))
+    plain, recomputing = (passing_bytes(options, vocab, 10, 5, 4, recomputed=blocks) for blocks in ((), (0,)))
+    whole, less = (saved_bytes(options, vocab, 5, 4, recomputed=blocks).total for blocks in ((), (0,)))
+    assert recomputing - plain == pytest.approx(10 * (whole - less))
 
 
 def test_probabilities_and_logits_of_a_large_vocabulary():
