@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from onetrain.model.attention import KeyValue
@@ -30,8 +30,9 @@ def flex_attention(q_HTK: Tensor, text: KeyValue, summary: KeyValue, ranges: Ran
     run = _compiled() if q_HTK.is_cuda else torch_flex_attention
     mask = block_mask(ranges, summary.key_BGNK.shape[1], text.key_BGNK.shape[1])
     grouped = q_HTK.shape[0] != key.shape[1]
-    out_HTK, lse_HT = run(q_HTK[None], key, value, block_mask=mask, enable_gqa=grouped, return_lse=True)
-    return out_HTK[0], lse_HT[0]
+    aux = AuxRequest(lse=True)
+    out_HTK, extra = run(q_HTK[None], key, value, block_mask=mask, enable_gqa=grouped, return_aux=aux)
+    return out_HTK[0], extra.lse[0]
 
 
 def block_mask(ranges: Ranges, summaries: int, texts: int, size: int = SIZE) -> BlockMask:
