@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-Reader = Literal["amazon", "movielens", "kuairand", "columns", "simulator"]
+Reader = Literal["amazon", "movielens", "kuairand", "columns", "simulator", "lifelong"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,24 @@ class SimulatorOptions:
     events_per_user: int = 24  # mean
     themes: int = 16
     embedding_dim: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LifelongOptions:
+    """Size of the simulated lifelong users' histories (data/simulate_lifelong.py)."""
+
+    users: int = 2000
+    held_out_users: int = 100  # for validation, and as many for test
+    themes: int = 32
+    variants: int = 8  # of every theme; each is one item
+    rebuys: int = 32  # themes of the request
+    themes_of: Literal["any", "recent"] = "any"  # which they are: drawn, or those that were seen last
+    min_events: int = 2500  # of a history
+    max_events: int = 8200
+    min_distance: int = 2000  # events from a deciding event to the request
+    max_distance: int = 8000
+    embedding_dim: int = 48
     seed: int = 0
 
 
@@ -37,6 +55,7 @@ class SourceOptions:
     default_scenario: str = "main"
     timestamp_unit: Literal["s", "ms", "us", "iso"] = "ms"
     simulator: SimulatorOptions = field(default_factory=SimulatorOptions)
+    lifelong: LifelongOptions = field(default_factory=LifelongOptions)
 
 
 @dataclass(frozen=True)
@@ -78,12 +97,17 @@ class PathwayOptions:
     scenarios: tuple[str, ...] = ()  # empty = every scenario
     min_watched: float | None = None  # least share of the duration that was watched; unknown shares never pass
     skip: int = 0  # leave out so many of the newest events that pass: a long pathway goes on where a short one ends
+    # the first event's number among those that pass is a multiple: up to align - 1 of the oldest are left out.
+    # None = 1, or for a pathway of model.ksa its chunk
+    align: int | None = None
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise ValueError(f"pathway length is {self.length}; it is at least 1")
         if self.skip < 0:
             raise ValueError(f"pathway skip is {self.skip}; it is at least 0")
+        if self.align is not None and self.align < 1:
+            raise ValueError(f"pathway align is {self.align}; it is at least 1")
         if self.min_watched is not None and self.min_watched < 0:
             raise ValueError(f"pathway min_watched is {self.min_watched}; it is at least 0")
 
@@ -125,6 +149,12 @@ class BatchOptions:
         for name in self.pathways:
             if not name.isidentifier():
                 raise ValueError(f"batch.pathways: {name!r} is no name; use letters, digits and _, no digit first")
+            align, length = self.pathways[name].align, self.pathway_lengths[name]
+            if align is not None and align > length:
+                raise ValueError(
+                    f"batch.pathways.{name}: align {align} is more than its length {length}, so that it may be empty; "
+                    "make the length a multiple of align"
+                )
         # the windows of a user's requests end at different events: what is cut or left out differs between them
         if self.share_context == "user" and list(self.pathways.values()) != [PathwayOptions()]:
             raise ValueError(

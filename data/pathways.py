@@ -19,7 +19,7 @@ class Pathway:
     def __init__(self, name: str, options: PathwayOptions, max_context: int, manifest: Manifest) -> None:
         self.length = max_context if options.length is None else options.length
         self.is_window = options == PathwayOptions()
-        self.skip = options.skip
+        self.skip, self.align = options.skip, options.align or 1
         self.min_watched = options.min_watched
         self.behaviours = _passing(options.behaviours, manifest.behaviours, f"batch.pathways.{name}.behaviours")
         self.scenarios = _passing(options.scenarios, manifest.scenarios, f"batch.pathways.{name}.scenarios")
@@ -30,11 +30,15 @@ class Pathway:
             return np.arange(sample.start, sample.end)
         end = sample.end
         if self.behaviours is None and self.scenarios is None and self.min_watched is None:
-            end -= self.skip
-            return np.arange(max(0, end - self.length), max(0, end))
+            count = max(0, end - self.skip)
+            return np.arange(self._first(count), count)
         passing = np.flatnonzero(self._passes(sample.user, end))
-        passing = passing[: max(0, len(passing) - self.skip)]
-        return passing[-self.length :]
+        count = max(0, len(passing) - self.skip)
+        return passing[self._first(count) : count]
+
+    def _first(self, count: int) -> int:
+        """Number of the oldest event that is kept of `count`."""
+        return -(-max(0, count - self.length) // self.align) * self.align
 
     def _passes(self, user: UserSequence, end: int) -> NDArray[np.bool_]:
         passes = np.ones(end, dtype=bool)

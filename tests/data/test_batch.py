@@ -3,6 +3,7 @@
 import datetime
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 import xxhash
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from memory_reader import BEHAVIOURS, MANIFEST, SCENARIOS, random_items, random_reader, random_sids
+from memory_reader import BEHAVIOURS, MANIFEST, SCENARIOS, random_items, random_reader, random_sids, random_user
 
 from onetrain.data.batch import BatchBuilder
 from onetrain.data.errors import DataError
 from onetrain.data.features import FeatureNames, gap_buckets, number_buckets
 from onetrain.data.options import BatchOptions, PathwayOptions
-from onetrain.data.samples import SampleIndex
+from onetrain.data.pathways import Pathway
+from onetrain.data.samples import Request, Sample, SampleIndex
 
 WEIGHTS = {"buy": 4.0, "view": 0.25}
 OF_REQUESTS = ("scenario", "hour", "weekday", "weekend")
@@ -70,8 +72,9 @@ def feature(name, user, event, options, moment_ms):
 
 
 def chosen(user, end, pathway, max_context):
-    """Numbers of the events of a pathway, newest first until it is full, then turned around."""
-    found, skip = [], pathway.skip
+    """Numbers of the events of a pathway, newest first until it is full, then turned around, and from the oldest on as
+    many left out as `align` asks for."""
+    found, older, skip = [], 0, pathway.skip
     for event in reversed(range(end)):
         share = user.watch_ms[event] / user.duration_ms[event] if user.duration_ms[event] > 0 else -1
         if pathway.behaviours and BEHAVIOURS[user.behaviour[event]] not in pathway.behaviours:
@@ -85,6 +88,11 @@ def chosen(user, end, pathway, max_context):
             continue
         if len(found) < (max_context if pathway.length is None else pathway.length):
             found.append(event)
+        else:
+            older += 1
+    while older % (pathway.align or 1):
+        found.pop()
+        older += 1
     return found[::-1]
 
 
@@ -96,13 +104,16 @@ pathway_options = st.builds(
     min_watched=st.none() | st.sampled_from((0.0, 0.1, 0.7, 1.0, 2.5)),
     skip=st.sampled_from((0, 0, 1, 3, 20)),
 )
+aligned_options = st.tuples(pathway_options, st.sampled_from((1, 2, 3, 5))).map(
+    lambda drawn: replace(drawn[0], align=drawn[1], length=max(drawn[0].length or drawn[1], drawn[1]))
+)
 
 
 @st.composite
 def batch_options(draw):
     share_context = draw(st.sampled_from(("request", "user")))
     plain = {"history": PathwayOptions()}
-    several = st.dictionaries(st.sampled_from(("a", "b", "history")), pathway_options, min_size=1)
+    several = st.dictionaries(st.sampled_from(("a", "b", "history")), pathway_options | aligned_options, min_size=1)
     return BatchOptions(
         max_context=draw(st.integers(1, 9)),
         request_by=draw(st.sampled_from(("event", "timestamp"))),
@@ -259,6 +270,24 @@ def test_number_buckets_are_monotone_and_symmetric():
     assert number_buckets(np.array([1, 3, 7, 15])).tolist() == [34, 36, 38, 40]
 
 
+@pytest.mark.parametrize("filters", [{}, {"behaviours": ("click", "view")}])
+def test_an_aligned_pathway_begins_anew_only_every_few_events(filters):
+    """Cut into chunks of 4, an event is always in the same place of the same chunk."""
+    user = next(user for seed in range(99) if len(user := random_user(np.random.default_rng(seed), longest=120)) > 90)
+    pathway = Pathway("long", PathwayOptions(length=21, align=4, skip=1, **filters), 50, MANIFEST)
+    every = [event for event in range(len(user)) if not filters or BEHAVIOURS[user.behaviour[event]] != "buy"]
+    begins = []
+    for end in range(len(user)):
+        events = pathway.events(Sample(user, 0, (Request((end,), end),))).tolist()
+        if events:
+            begins.append(every.index(events[0]))
+            assert events == every[begins[-1] : begins[-1] + len(events)]
+            assert len(events) > 17 or begins[-1] == 0
+    assert {begin % 4 for begin in begins} == {0}
+    assert len(set(begins)) > 4
+    assert max(begins) > 16
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -291,6 +320,8 @@ def test_pathways_that_cannot_be_are_named():
         ({"pathways": {}}, "batch.pathways is empty"),
         ({"pathways": {"my path": PathwayOptions()}}, "'my path' is no name"),
         ({"utc_offset_hours": 15.0}, "batch.utc_offset_hours is 15.0"),
+        ({"pathways": {"long": PathwayOptions(length=7, align=8)}}, "long: align 8 is more than its length 7"),
+        ({"max_context": 5, "pathways": {"long": PathwayOptions(align=8)}}, "long: align 8 is more than its length 5"),
         ({"share_context": "user", "pathways": {"h": PathwayOptions(skip=1)}}, "user needs one plain pathway"),
         (
             {"share_context": "user", "pathways": {"h": PathwayOptions(length=50)}},
@@ -302,7 +333,12 @@ def test_pathways_that_cannot_be_are_named():
 def test_options_that_cannot_be_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         BatchOptions(**change)
-    for wrong, name in (({"length": 0}, "length"), ({"skip": -1}, "skip"), ({"min_watched": -0.5}, "min_watched")):
+    for wrong, name in (
+        ({"length": 0}, "length"),
+        ({"skip": -1}, "skip"),
+        ({"align": 0}, "align"),
+        ({"min_watched": -0.5}, "min_watched"),
+    ):
         with pytest.raises(ValueError, match=f"pathway {name} is"):
             PathwayOptions(**wrong)
     assert BatchOptions(share_context="user", pathways={"mine": PathwayOptions()}).pathway_lengths == {"mine": 50}
