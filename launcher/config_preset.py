@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
-from onetrain.model.options import ModelOptions
-from onetrain.model.presets import preset
+from onetrain.model.options import KSAOptions, ModelOptions
+from onetrain.model.presets import preset, stack_preset
 
 Tree = dict[str, Any]
 
@@ -31,9 +31,40 @@ def with_preset(tree: Tree, override: Callable[[Tree], None], problems: list[str
     own = _fields(tree, [])
     if own != filling and isinstance(tree.get("model"), dict):
         tree["model"] = _without(tree["model"], own, ModelOptions)
+    _leave_stack_presets(tree, wanted)
     tree = _filled(tree, filling)
     override(tree)
-    return _filled(tree, filling)  # again: an override may have replaced a whole section
+    tree = _filled(tree, filling)  # again: an override may have replaced a whole section
+    for name, entry in _stacks(tree).items():
+        _stacks(tree)[name] = {**_stack_fields(entry, name, problems), **entry}
+    return tree
+
+
+def _leave_stack_presets(tree: Tree, wanted: Tree) -> None:
+    """Takes from the entries of model.ksa what they have of a preset that is no longer `wanted`, in place."""
+    for name, entry in _stacks(tree).items():
+        named = _stacks(wanted).get(name, {}).get("preset")
+        if entry.get("preset") != named:
+            own = _stack_fields(entry, name, [])
+            _stacks(tree)[name] = _without(entry, own, KSAOptions)
+
+
+def _stacks(tree: Tree) -> Tree:
+    """The entries of model.ksa that are sections, to be changed in place; the others are found by the validation."""
+    model = tree.get("model")
+    stacks = model.get("ksa") if isinstance(model, dict) else None
+    return stacks if isinstance(stacks, dict) and all(isinstance(entry, dict) for entry in stacks.values()) else {}
+
+
+def _stack_fields(entry: Tree, name: str, problems: list[str]) -> Tree:
+    """The fields of the preset of model.ksa.<name>; none without one."""
+    if not isinstance(entry.get("preset"), str):
+        return {}
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(stack_preset(entry["preset"]))))
+    except ValueError as error:
+        problems.append(f"model.ksa.{name}.preset: {error}")
+        return {}
 
 
 def _fields(tree: Tree, problems: list[str]) -> Tree:

@@ -17,6 +17,7 @@ from onetrain.data.shards import ShardReader
 from onetrain.data.sids import SidMap
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.features import feature_names
+from onetrain.launcher.lifelong import aligned
 from onetrain.launcher.options import RunConfig
 from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
@@ -63,7 +64,8 @@ class PreparedData:
 
     def builder(self, config: RunConfig) -> BatchBuilder:
         """Builds batches with this job's SIDs and target weights."""
-        return BatchBuilder(self.sids, self.manifest, self.items, config.batch, feature_names(config.model))
+        batch = aligned(config.batch, config.model, len(self.sids.sizes))
+        return BatchBuilder(self.sids, self.manifest, self.items, batch, feature_names(config.model))
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint carries to know its data again."""

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from onetrain.data.options import PathwayOptions
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
 from onetrain.model.options import ContrastiveOptions, KSAOptions, ModelOptions, MoEOptions, MTPOptions
@@ -69,12 +70,11 @@ def _network(config: Json) -> Json:
     for name, defaults in SECTIONS.items():
         inner = _as_json(asdict(defaults)) | config["model"].get(name, {})  # an older version knew fewer keys
         keys[f"model.{name}"] = {key: value for key, value in inner.items() if key not in MAY_CHANGE}
-    keys["model.ksa"] = {
-        name: {key: value for key, value in (_as_json(asdict(KSAOptions())) | ksa).items() if key != "kernel"}
-        for name, ksa in model["ksa"].items()
-    }
+    stack = _as_json(asdict(KSAOptions()))
+    keys["model.ksa"] = {name: stack | ksa | {"kernel": None, "preset": None} for name, ksa in model["ksa"].items()}
     keys["conversion.stage"] = config.get("conversion", {}).get("stage", "none")
-    keys["batch.pathways"] = list(map(list, config["batch"].get("pathways", {}).items()))
+    pathways, known = config["batch"].get("pathways", {}), _as_json(asdict(PathwayOptions()))
+    keys["batch.pathways"] = [[name, known | pathway] for name, pathway in pathways.items()]
     return keys
 
 

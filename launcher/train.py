@@ -25,6 +25,7 @@ from onetrain.launcher.environment import environment
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.evaluator import SUBSETS, Evaluator
 from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_numerics
+from onetrain.launcher.lifelong import stack_lines
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.resume import check_model, check_order, sample_order
@@ -179,6 +180,8 @@ class _Run:
             f"{self.ranks.world_size} rank(s) on {self.ranks.device.type}, ZeRO {self.config.parallel.zero_stage}, "
             f"{self.config.parallel.precision}, {self.engine.mesh.accumulation_steps} micro batch(es) a step"
         )
+        for line in stack_lines(self.config.model, self.data.vocabulary(self.config), self.ranks.device):
+            self._say(line)
         return Tracker(self.config, self.folder, self.ranks.is_main, self.engine.step)
 
     def _warn_of_changes(self) -> None:

@@ -48,6 +48,7 @@ class KSAOptions:
     The decoder reads the last window of its hidden states, and of everything older only the summaries.
     """
 
+    preset: str | None = None  # history length (model/presets.py) that the other fields were filled for
     width: int = 128
     heads: int = 4
     kv_groups: int | None = None  # None = heads

@@ -1,7 +1,8 @@
 """Published sizes by name: OneRec-V2 (arXiv 2508.20900), OneMall (2601.21770) and OneLive (2602.08612).
 
 A preset is the `model:` section of one published size, with the figures that a plan compares it with. `preset(name,
-scale)` shrinks it by one knob, so that a test trains the same architecture in a second.
+scale)` shrinks it by one knob, so that a test trains the same architecture in a second. `stack_preset(name)` are the
+options of a lifelong pathway's stack for a length of history.
 """
 
 import difflib
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from onetrain.model.options import (
     ContrastiveOptions,
+    KSAOptions,
     ModelOptions,
     MoEOptions,
     MTPOptions,
@@ -116,6 +118,27 @@ PRESETS: dict[str, Preset] = {
 }
 
 _FIXED_SIZES = {"hour": 24, "weekday": 7, "weekend": 2}
+
+
+# Of summary attention (KSA) by the length of history. 10k has the paper's sizes: chunks of 8, a window of 1,024 events,
+# three layers of summary attention and a full one. 2k has a window of 256: 1,024 would be half the history. At 100k
+# chunks of 32 bound what the decoder reads, the window is 1,024 events again, no layer is full, whose score pairs would
+# be six times those of the other three, and the slowest rotary wave is three histories long, as at 10k.
+STACKS: dict[str, KSAOptions] = {
+    "2k": KSAOptions(preset="2k", chunk=8, window=32),
+    "10k": KSAOptions(preset="10k", chunk=8, window=128),
+    "100k": KSAOptions(preset="100k", layers=("ksa",) * 4, chunk=32, window=32, rope_base=100_000.0),
+}
+
+
+def stack_preset(name: str) -> KSAOptions:
+    """The stack of summary attention for histories of about this length, with `preset` filled in.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in STACKS:
+        raise ValueError(f"there is no preset {name!r} of summary attention; they are {', '.join(STACKS)}")
+    return STACKS[name]
 
 
 def find(name: str) -> Preset:
