@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onetrain.launcher.options import RunConfig
 from onetrain.model.moe import Router
+from onetrain.parallel.activation_checkpointing import blocks_before_decoder
 from onetrain.parallel.mesh import Mesh
 
 MOST_LAYERS = 12  # with metrics of their own, spread evenly; the summaries are over all
@@ -103,7 +104,7 @@ class RouterMetrics:
         width = 2 if self.parallel.precision == "bf16" else 4
         named = self.parallel.checkpoint_blocks
         blocks = {"none": [], "all": self.layers}[named] if isinstance(named, str) else named
-        first = 0 if isinstance(named, str) else self.options.encoder_layers  # the encoder's blocks count first
+        first = 0 if isinstance(named, str) else blocks_before_decoder(self.options)
         recomputed = sum(first + layer in blocks for layer in self.layers)
         passes = PASSES + RECOMPUTED_PASSES * recomputed / len(self.layers)
         return away * self.options.d_model * width * passes

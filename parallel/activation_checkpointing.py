@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from onetrain.model.ksa.stack import KSABlock
 from onetrain.model.moe import routers
+from onetrain.model.options import ModelOptions
 from onetrain.parallel.errors import ParallelError
 
 Blocks = Literal["none", "all"] | tuple[int, ...]
@@ -32,7 +34,7 @@ def apply(model: nn.Module, blocks: Blocks) -> None:
 
 
 def chosen(blocks: Blocks, count: int) -> Sequence[int]:
-    """Indices of the blocks that recompute, of `count`: the encoder's first, then the decoder's.
+    """Indices of the blocks that recompute, of `count`, in the order of `model_blocks`.
 
     Raises ParallelError for a block that is not there.
     """
@@ -42,13 +44,23 @@ def chosen(blocks: Blocks, count: int) -> Sequence[int]:
     if wrong:
         raise ParallelError(
             f"parallel.checkpoint_blocks names {', '.join(map(str, wrong))}; the model's blocks are 0 to {count - 1} "
-            "(the encoder's first, then the decoder's)."
+            "(those of long-context pathways first, then the encoder's, then the decoder's)."
         )
     return sorted(set(blocks))
 
 
+def blocks_before_decoder(options: ModelOptions) -> int:
+    """The number of the decoder's first block, in the order of `model_blocks`."""
+    return sum(len(ksa.layers) for ksa in options.ksa.values()) + options.encoder_layers
+
+
 def model_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model as its forward pass runs them: the encoder's, if it has one, then the decoder's."""
+    """The blocks of a model as its forward pass runs them: of summary attention, the encoder's, then the decoder's."""
+    return [*(module for module in model.modules() if isinstance(module, KSABlock)), *dense_and_sparse_blocks(model)]
+
+
+def dense_and_sparse_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the encoder, if there is one, then the decoder's."""
     encoder = getattr(model, "encoder", None)
     found = [*(encoder.blocks if isinstance(encoder, nn.Module) else ()), *model.blocks]  # type: ignore[misc]
     return [block for block in found if isinstance(block, nn.Module)]

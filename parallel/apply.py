@@ -1,8 +1,7 @@
 """Everything that is done to a model from outside before DeepSpeed gets it, in its one order:
 
-whole model -> tensor parallel -> activation checkpointing -> compile -> expert parallel and ZeRO, by DeepSpeed.
-
-Context parallelism will follow tensor parallelism. The model itself knows nothing of any of it.
+whole model -> tensor parallel -> context parallel -> activation checkpointing -> compile -> expert parallel and ZeRO,
+by DeepSpeed. The model itself knows nothing of any of it.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +13,13 @@ from torch import Tensor, nn
 
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.moe import routers
-from onetrain.parallel import activation_checkpointing, expert_parallel, megatron_groups, tensor_parallel
+from onetrain.parallel import (
+    activation_checkpointing,
+    context_parallel,
+    expert_parallel,
+    megatron_groups,
+    tensor_parallel,
+)
 from onetrain.parallel import compile as compilation
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.megatron_groups import ModelParallelUnit
@@ -29,6 +34,7 @@ class Applied:
 
     placements: dict[str, Placement] = field(default_factory=dict)  # of parameters that are not their canonical ones
     unit: ModelParallelUnit | None = None  # the ranks that share layers
+    context_group: dist.ProcessGroup | None = None  # the ranks that share histories
     experts_group: str | None = None  # DeepSpeed's name of the ranks that share experts
     deepspeed: dict[str, Any] = field(default_factory=dict)  # sections of its configuration
     biases: list[Tensor] = field(default_factory=list)  # of the routers, in fp32
@@ -37,6 +43,8 @@ class Applied:
 def before_deepspeed(model: nn.Module, options: ParallelOptions, mesh: Mesh, timeout_s: float) -> Applied:
     """Changes `model`, in place. Raises ParallelError for what this model cannot have."""
     applied = Applied()
+    if mesh.context_parallel > 1:
+        context_parallel.check(model)
     if mesh.tensor_parallel > 1 or mesh.expert_parallel > 1:
         _check_whole(decoder_of(model))
         _broadcast(model)
@@ -44,6 +52,9 @@ def before_deepspeed(model: nn.Module, options: ParallelOptions, mesh: Mesh, tim
         applied.unit = megatron_groups.start(mesh, timeout_s)
         placed = tensor_parallel.apply(decoder_of(model), applied.unit)
         applied.placements = {name: placement for name, placement in placed.items() if placement.dim is not None}
+    if mesh.context_parallel > 1:
+        applied.context_group = context_parallel.start(mesh, timeout_s)
+        context_parallel.apply(model, applied.context_group)
     if options.checkpoint_blocks != "none":
         activation_checkpointing.apply(model, options.checkpoint_blocks)
     if options.compile:

@@ -5,7 +5,7 @@ import difflib
 from typing import Any
 
 from onetrain.model.options import ModelOptions
-from onetrain.parallel.activation_checkpointing import chosen
+from onetrain.parallel.activation_checkpointing import blocks_before_decoder, chosen
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
@@ -65,7 +65,7 @@ def check_options(options: ParallelOptions, world_size: int, model: ModelOptions
     check_mix(options, model)
     mesh = Mesh.plan(world_size, options, model)
     if model is not None:
-        chosen(options.checkpoint_blocks, model.encoder_layers + model.n_layers)
+        chosen(options.checkpoint_blocks, blocks_before_decoder(model) + model.n_layers)
     _check_overrides(options.deepspeed)
     return mesh
 
@@ -84,7 +84,8 @@ def deepspeed_config(options: ParallelOptions, mesh: Mesh, n_parameters: int) ->
         "stage3_prefetch_bucket_size": bucket,
     }
     config: dict[str, Any] = {
-        "train_batch_size": options.global_batch_size,
+        # ranks that share histories count as data-parallel
+        "train_batch_size": options.global_batch_size * mesh.context_parallel,
         "train_micro_batch_size_per_gpu": mesh.micro_batch_size,
         "gradient_accumulation_steps": mesh.accumulation_steps,
         "gradient_clipping": options.gradient_clipping if options.zero_stage > 0 else 0.0,

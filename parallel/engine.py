@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onetrain.model.moe import balanced_bias, routers
-from onetrain.parallel import expert_parallel, megatron_groups, tensor_parallel
+from onetrain.parallel import context_parallel, expert_parallel, megatron_groups, tensor_parallel
 from onetrain.parallel.apply import after_deepspeed, before_deepspeed
 from onetrain.parallel.deepspeed_config import check_options, deepspeed_config
 from onetrain.parallel.errors import ParallelError
@@ -68,6 +68,7 @@ class Engine:
         self._skeleton = _on_meta(model)  # what the model was, to build it whole for evaluation
         applied = before_deepspeed(model, parallel_options, self.mesh, ranks.timeout_s)
         self.unit, self.experts_group = applied.unit, applied.experts_group
+        self.context_group = applied.context_group
 
         import deepspeed  # late: it reads DS_ACCELERATOR, which process_group.start sets
 
@@ -153,17 +154,21 @@ class Engine:
         made of them and dropped afterwards; else the module itself.
         """
         if self.zero_stage < 3 and not self.placements and not self.options.compile:
-            yield self.module
+            with context_parallel.alone(self.module):
+                yield self.module
             return
         from onetrain.parallel.whole_model import whole_model
 
         yield whole_model(self, self._skeleton)
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the module, and leaves the process groups of tensor parallelism."""
+        """Takes DeepSpeed's hooks off the module, and leaves the process groups of tensor and context parallelism."""
         self.deepspeed.destroy()
         if self.unit is not None:
             megatron_groups.stop()
+        if self.context_group is not None:
+            dist.destroy_process_group(self.context_group)
+            self.context_group = None
 
     def _update(self) -> float:
         """Clips, steps the optimizer and returns the gradient norm before clipping."""

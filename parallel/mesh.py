@@ -159,31 +159,35 @@ def _problem(wish: _Wish, model: ModelOptions | None) -> _Problem | None:
                 f"parallel.expert_parallel {experts} is more than the {model.moe.experts} experts of model.moe.experts"
             )
             return _Problem(1, text, ("expert_parallel",))
+        if wish.context_parallel > 1 and not model.ksa:
+            text = f"parallel.context_parallel {wish.context_parallel} shares the histories of summary attention"
+            text += ", and the model has no pathway of it"
+            return _Problem(2, text, ("context_parallel",), "give it one with model.ksa")
         if model.n_heads % tensor:
             text = f"parallel.tensor_parallel {tensor} does not divide the {model.n_heads} heads of model.n_heads"
-            return _Problem(2, text, ("tensor_parallel",))
+            return _Problem(3, text, ("tensor_parallel",))
     degrees = [name for name in ("tensor_parallel", "context_parallel") if getattr(wish, name) > 1]
     needed = tensor * wish.context_parallel
     if wish.world_size < 1:
-        return _Problem(3, f"a mesh of {wish.world_size} ranks cannot be", ("world_size",))
+        return _Problem(4, f"a mesh of {wish.world_size} ranks cannot be", ("world_size",))
     if wish.world_size % needed:
         named = " x ".join(f"{name} {getattr(wish, name)}" for name in degrees)
         text = f"parallel.{named} needs a multiple of {needed} ranks, and there are {wish.world_size}"
-        return _Problem(3, text, (*degrees, "world_size"))
+        return _Problem(4, text, (*degrees, "world_size"))
     data, total = wish.data_parallel, wish.global_batch_size
     if data % experts:
         text = f"parallel.expert_parallel {experts} does not divide the {wish.ranks}"
-        return _Problem(4, text, ("expert_parallel", "world_size"))
+        return _Problem(5, text, ("expert_parallel", "world_size"))
     if total < 1 or total % data:
         text = f"parallel.global_batch_size {total} cannot be spread evenly over {wish.ranks}"
-        return _Problem(5, text, ("global_batch_size", "world_size"))
+        return _Problem(6, text, ("global_batch_size", "world_size"))
     share, micro = total // data, wish.micro_batch_size
     if micro is not None and (micro < 1 or share % micro):
         text = (
             f"parallel.micro_batch_size {micro} does not divide a rank's share of {share} samples "
             f"(global_batch_size {total} over {wish.ranks})"
         )
-        return _Problem(6, text, ("micro_batch_size",))
+        return _Problem(7, text, ("micro_batch_size",))
     return None
 
 

@@ -52,8 +52,8 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(
-        lambda mix: mix.context_parallel,
-        "parallel.context_parallel has its place in the mesh, and comes with the long-context layers",
+        lambda mix: mix.context_parallel and mix.expert_parallel,
+        "parallel.context_parallel and parallel.expert_parallel do not go together yet",
     ),
     Rule(
         lambda mix: mix.tensor_parallel and mix.expert_parallel,
@@ -90,7 +90,9 @@ LAYOUTS = {  # rows of the table
     "tensor x data parallel, dense": Mix(tensor_parallel=True),
     "tensor x data parallel, with experts": Mix(sparse=True, tensor_parallel=True),
     "tensor x expert parallel": Mix(sparse=True, tensor_parallel=True, expert_parallel=True),
-    "context parallel": Mix(context_parallel=True),
+    "context x data parallel, dense": Mix(context_parallel=True),
+    "context x data parallel, with experts": Mix(sparse=True, context_parallel=True),
+    "context x expert parallel": Mix(sparse=True, context_parallel=True, expert_parallel=True),
 }
 ADDITIONS: dict[str, dict[str, object]] = {  # columns; fp32 without the rest stands alone
     "alone": {},

@@ -20,7 +20,7 @@ from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events, Targets
 from onetrain.model.loss import training_loss
 from onetrain.model.moe import Routing, routers
-from onetrain.model.options import ModelOptions, MoEOptions, MTPOptions, Vocabulary
+from onetrain.model.options import KSAOptions, ModelOptions, MoEOptions, MTPOptions, Vocabulary
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.optimizer_state import VALUE, gather
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
@@ -42,6 +42,8 @@ MODELS = {
         SPARSE, moe=replace(SPARSE.moe, score="softmax", groups=4, top_groups=2), mtp=MTPOptions(enabled=True)
     ),
 }
+SUMMARIES = KSAOptions(width=16, heads=2, layers=("ksa", "full"), chunk=1, window=1, d_ff=24)
+MODELS |= {f"lifelong, {name}": replace(MODELS[name], ksa={"history": SUMMARIES}) for name in ("dense", "sparse")}
 OPTIMIZERS = {
     "AdamW": OptimizerOptions("adamw", 3e-3, 1e-3, weight_decay=0.1, schedule="constant", warmup_steps=4),
     "SGD": OptimizerOptions("sgd", 0.3, 0.1, weight_decay=0.0, schedule="constant", warmup_steps=4),

@@ -2,15 +2,21 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
+import golden
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onetrain.model.build import build
+from onetrain.model.decoder import SidDecoder
+from onetrain.model.inputs import Context, Events
 from onetrain.model.ksa.stack import KSAStack
-from onetrain.model.options import KSAOptions
+from onetrain.model.options import KSAOptions, ModelOptions
 from onetrain.parallel import context_parallel
 from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
@@ -61,7 +67,9 @@ def new_stack(options: KSAOptions) -> KSAStack:
     torch.manual_seed(0)
     made = KSAStack(options, EPS).double()
     for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.4) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        torch.nn.init.normal_(parameter, std=0.4) if parameter.dim() > 1 else torch.nn.init.uniform_(
+            parameter, 0.5, 1.5
+        )
     return made
 
 
@@ -106,3 +114,88 @@ def test_stacks_compute_what_one_process_does(pools: dict[int, WorkerPool], rank
         for case, (state, gradient) in zip(cases(), of_rank, strict=True):
             assert state < 1e-10, case
             assert gradient < 1e-10, case
+
+
+# ----- training ------------------------------------------------------------------------------------------------------
+
+EVENTS, STEPS = 24, 6
+VOCABULARY = replace(golden.VOCABULARY, pathways={"history": EVENTS})
+SUMMARIES = KSAOptions(width=16, heads=2, kv_groups=1, layers=("ksa", "full", "ksa"), chunk=2, window=1, d_ff=24)
+MODELS = {name: replace(golden.MODELS[name], ksa={"history": SUMMARIES}) for name in ("dense", "sparse + auxiliary")}
+SHARED = replace(golden.ONE, context_parallel=2)
+
+
+class Run(NamedTuple):
+    """A mix to hold against one rank."""
+
+    world_size: int
+    parallel: ParallelOptions
+    model: str = "dense"
+    optimizer: str = "AdamW"
+
+
+RUNS = [
+    *(Run(2, replace(SHARED, zero_stage=stage), optimizer=name) for stage in (0, 1, 2, 3) for name in ("SGD", "AdamW")),
+    Run(2, replace(SHARED, zero_stage=3, checkpoint_blocks="all")),
+    Run(2, replace(SHARED, checkpoint_blocks=(0, 2, 4), micro_batch_size=2)),
+    Run(2, replace(SHARED, zero_stage=2, micro_batch_size=4), "sparse + auxiliary", "SGD"),
+    Run(4, replace(SHARED, context_parallel=4, zero_stage=1)),
+    Run(4, replace(SHARED, context_parallel=4, zero_stage=3, micro_batch_size=2), "dense", "SGD"),
+    *(Run(4, replace(SHARED, zero_stage=stage), "sparse + auxiliary") for stage in (0, 2)),
+    Run(4, replace(SHARED, zero_stage=3), optimizer="SGD"),
+]
+
+
+def new_model(options: ModelOptions) -> SidDecoder:
+    torch.manual_seed(0)
+    model = build(options, VOCABULARY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def global_batch(step: int) -> golden.Batch:
+    """Golden targets; long uneven histories, in one step almost all rows without any."""
+    g = torch.Generator().manual_seed(100 + step)
+    _, targets = golden.global_batch(step)
+    length_B = torch.randint(EVENTS + 1, (golden.ROWS,), generator=g)
+    if step == 2:
+        length_B[1:] = 0
+    sid_BNL = torch.stack([torch.randint(n, (golden.ROWS, EVENTS), generator=g) for n in VOCABULARY.codes], dim=-1)
+    item_BN = torch.randint(40, (golden.ROWS, EVENTS), generator=g)
+    index_BN = torch.arange(EVENTS).expand(golden.ROWS, -1)
+    return Context({"history": Events(sid_BNL, index_BN, length_B, {"item": item_BN})}), targets
+
+
+def train_all(ranks: Ranks, asked: list[Run]) -> list[golden.Trained | None]:
+    return [
+        golden.train(
+            ranks, new_model(MODELS[run.model]), run.parallel, golden.OPTIMIZERS[run.optimizer], global_batch, STEPS
+        )
+        for run in asked
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(pools: dict[int, WorkerPool]) -> dict[tuple[str, str], golden.Trained]:
+    """One rank."""
+    kinds = sorted({(run.model, run.optimizer) for run in RUNS})
+    results = pools[1].run(train_all, [Run(1, golden.ONE, *kind) for kind in kinds])[0]
+    return dict(zip(kinds, results, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shared_histories_train_as_one_rank_does(pools: dict[int, WorkerPool], alone: dict, world_size: int) -> None:
+    """Losses, norms under active clipping, final weights and routing."""
+    asked = [run for run in RUNS if run.world_size == world_size]
+    for run, ours in zip(asked, pools[world_size].run(train_all, asked)[0], strict=True):
+        one = alone[run.model, run.optimizer]
+        assert min(norm for _, norm in one.history) > 1.2 * golden.ONE.gradient_clipping
+        row = golden.compare("", run.model, run.optimizer, world_size, ours, one)
+        print(run, row.loss, row.norm, row.weights, row.flips)
+        assert row.loss < 1e-5, run
+        assert row.norm < 1e-5, run
+        assert row.weights < row.tolerance.weights, run
+        assert row.flips == 0, run

@@ -11,6 +11,8 @@ import torch
 from golden import MODELS, ONE, OPTIMIZERS, global_batch, go_on, new_model, train_plainly
 from torch import nn
 
+from onetrain.parallel import context_parallel
+from onetrain.parallel.context_parallel import SharedSequence
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.options import ParallelOptions
@@ -53,7 +55,8 @@ def options_of(mix: Mix) -> ParallelOptions:
 
 
 def model_of(mix: Mix) -> str:
-    return "sparse" if mix.sparse else "dense"
+    kind = "sparse" if mix.sparse else "dense"
+    return f"lifelong, {kind}" if mix.context_parallel else kind
 
 
 def test_a_refusal_names_the_nearest_mixes_that_work() -> None:
@@ -89,7 +92,10 @@ def _apart(one: Mix, other: Mix) -> int:
         ({"offload_optimizer": True}, r"stage 0 does not have: set parallel\.zero_stage to 1, or parallel\.offload"),
         ({"precision": "bf16", "offload_optimizer": True}, r": set parallel\.zero_stage to 1\."),
         ({"compile": True, "zero_stage": 3}, r": set parallel\.zero_stage to 2, or parallel\.compile to false\."),
-        ({"context_parallel": 2}, r"long-context layers: set parallel\.context_parallel to 1\."),
+        (
+            {"context_parallel": 2, "expert_parallel": 2},
+            r"together yet: set parallel\.context_parallel to 1, or parallel\.expert_parallel to 1\.",
+        ),
         (
             {"tensor_parallel": 2, "expert_parallel": 2},
             r"together yet: set parallel\.expert_parallel to 1, or parallel\.tensor_parallel to 1\.",
@@ -154,15 +160,18 @@ def _train_cell(ranks: Ranks, mix: Mix) -> tuple[list[tuple[float, float]], Mix]
     finally:
         nn.Module.compile = compiled  # type: ignore[method-assign]
     blocks: Any = engine.module.blocks
+    stacks = context_parallel.stacks(engine.module)
+    recomputing = [*blocks, *(block for stack in stacks for block in stack.blocks)]
     names = " ".join(name for name, placement in engine.placements.items() if placement.dim is not None)
     applied = Mix(
         sparse=mix.sparse,
         expert_parallel=".experts." in names,
         tensor_parallel=".down." in names,
+        context_parallel=any(isinstance(stack.sequence, SharedSequence) for stack in stacks),
         zero_stage=engine.deepspeed.zero_optimization_stage(),
         precision="bf16" if engine.deepspeed.bfloat16_enabled() else "fp32",
         offload_optimizer=engine.deepspeed.zero_offload_optimizer() is not None,
-        checkpoint_blocks=all(isinstance(vars(block).get("forward"), MethodType) for block in blocks),
+        checkpoint_blocks=all(isinstance(vars(block).get("forward"), MethodType) for block in recomputing),
         compile=all(block._compiled_call_impl is not None for block in blocks),
     )
     try:
