@@ -47,8 +47,8 @@ def _stack_problems(config: RunConfig) -> Iterator[str]:
         step = events_per_chunk(config.model, name, levels)
         if align is not None and align > 1 and align % step:
             yield (
-                f"batch.pathways.{name}.align: given {align}, but with model.ksa.{name}.chunk {ksa.chunk} chunks only stay "
-                f"where they are for a multiple of {step}; leave it out, which means {step}, or use 1 and let them move"
+                f"batch.pathways.{name}.align: given {align}, but with model.ksa.{name}.chunk {ksa.chunk} chunks only "
+                f"stay in place for a multiple of {step}; leave it out, which means {step}, or use 1 and let them move"
             )
 
 

@@ -16,15 +16,31 @@ from onetrain.launcher.options import RunConfig
 from onetrain.launcher.plan_memory import GIB, STATE, RankMemory, element_bytes, rank_memory, suggestions
 from onetrain.model.activations import context_positions, kv_elements, saved_bytes
 from onetrain.model.flops import forward_flops
+from onetrain.model.ksa.sizes import cache_rows, stack_pairs
+from onetrain.model.lifelong import read_counts
 from onetrain.model.options import Vocabulary
 from onetrain.model.paper_flops import PaperFigures, paper_figures
-from onetrain.model.parameter_counts import ParameterCounts, parameter_counts
+from onetrain.model.parameter_counts import ParameterCounts, parameter_counts, stacks
 from onetrain.model.presets import find, preset
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
 
 EXTRA_LEVEL = "extra_level"  # in plan.sizes: codes of the level that tokenizer.collisions extra_level adds
+
+
+@dataclass(frozen=True)
+class HistoryPlan:
+    """One history of full length in a lifelong pathway; pairs and rows of one head or KV group, over all layers."""
+
+    events: int
+    text_read: int  # states that the decoder reads ...
+    summaries_read: int  # ... and summaries
+    pairs: int
+    full_pairs: int  # with causal attention in every layer
+    cache_rows: int  # that stay while the history grows
+    full_cache_rows: int
+    cache_bytes: float  # keys and values of all groups, in the model's precision
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Plan:
     nominal_parameters: float | None  # of the FLOP convention below
     flops_by_part: dict[str, float]
     positions: int  # of a full context
+    histories: dict[str, HistoryPlan]  # of the lifelong pathways
     targets_per_request: float
     paper: PaperFigures | None  # OneRec-V2's convention, for a lazy decoder with shared_kv
     kv_elements: float  # of one request
@@ -118,6 +135,7 @@ def make_plan(config: RunConfig) -> Plan:
         nominal_parameters=nominal,
         flops_by_part=_flops_per_target(config, vocabulary),
         positions=positions,
+        histories=_histories(config, vocabulary),
         targets_per_request=per_request,
         paper=paper,
         kv_elements=kv_elements(options, positions, vocabulary.levels),
@@ -188,6 +206,18 @@ def nominal_parameters(config: RunConfig) -> float | None:
         return None
     found = find(options.preset)
     return found.active_parameters or found.nominal_parameters
+
+
+def _histories(config: RunConfig, vocabulary: Vocabulary) -> dict[str, HistoryPlan]:
+    found, options = {}, config.model
+    for name, ksa in stacks(options, vocabulary).items():
+        length = vocabulary.pathways[name] * (vocabulary.levels if options.flatten_codes else 1)
+        pairs, full_pairs = stack_pairs(length, ksa)
+        rows, full_rows = cache_rows(length, ksa)
+        cache_bytes = rows * 2 * ksa.groups * ksa.d_head * element_bytes(config.parallel)
+        read = read_counts(length, ksa)
+        found[name] = HistoryPlan(vocabulary.pathways[name], *read, pairs, full_pairs, rows, full_rows, cache_bytes)
+    return found
 
 
 def _flops_per_target(config: RunConfig, vocabulary: Vocabulary) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """The figures of `onetrain plan` as tables for the console."""
 
+from collections.abc import Callable
 from typing import Any
 
-from onetrain.launcher.plan import Plan
+from onetrain.launcher.plan import HistoryPlan, Plan
 from onetrain.launcher.plan_memory import GIB
 from onetrain.model.paper_flops import BATCH, PaperFigures
 
@@ -13,6 +14,8 @@ Table = tuple[str, list[str], list[list[Any]], list[str]]  # title, columns, row
 def plan_tables(plan: Plan) -> list[Table]:
     """Parameters, FLOPs, context and activations, batches, memory."""
     tables = [_parameters(plan), _flops(plan), _context(plan)]
+    if plan.histories:
+        tables.append(_histories(plan.histories))
     if plan.paper is not None and plan.nominal_parameters is not None:
         tables.append(_convention(plan, plan.paper, plan.nominal_parameters))
     tables.append(_batches(plan))
@@ -62,6 +65,29 @@ def _context(plan: Plan) -> Table:
         f"elements of {width} bytes; probabilities of the cross-entropy in fp32",
     ]
     return "one request: context and activations", ["", "value"], rows, notes
+
+
+def _histories(histories: dict[str, HistoryPlan]) -> Table:
+    def row(title: str, value: Callable[[HistoryPlan], Any]) -> list[Any]:
+        return [title, *map(value, histories.values())]
+
+    rows = [
+        row("events", lambda one: one.events),
+        row("positions that the decoder reads", lambda one: one.text_read + one.summaries_read),
+        row("summaries among them", lambda one: one.summaries_read),
+        row("score pairs of a head, millions", lambda one: one.pairs / 1e6),
+        row("of those of full attention", lambda one: _share(one.pairs, one.full_pairs)),
+        row("rows of keys and values in a cache", lambda one: one.cache_rows),
+        row("of those of full attention", lambda one: _share(one.cache_rows, one.full_cache_rows)),
+        row("cache, MiB", lambda one: one.cache_bytes / MIB),
+    ]
+    notes = ["pairs and rows of all layers of the pathway's stack, full attention in as many layers"]
+    notes += [
+        f"{name}: its window holds the whole history, so that no summary is ever read"
+        for name, one in histories.items()
+        if one.summaries_read == 0
+    ]
+    return "one full history of each lifelong pathway", ["", *histories], rows, notes
 
 
 def _convention(plan: Plan, paper: PaperFigures, nominal: float) -> Table:
