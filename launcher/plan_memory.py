@@ -17,7 +17,7 @@ from onetrain.model.parameter_counts import (
     parameter_counts,
     tensor_parallel_parameters,
 )
-from onetrain.parallel.activation_checkpointing import chosen
+from onetrain.parallel.activation_checkpointing import blocks_before_decoder, chosen
 from onetrain.parallel.deepspeed_config import deepspeed_config
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import Mesh
@@ -87,8 +87,7 @@ def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False)
         parameters = tensor_parallel_parameters(model, vocabulary, options.tensor_parallel, MIN_ROWS)
     state = state_bytes(options, config.optimizer, mesh.data_parallel, parameters, experts)
     samples, per_sample = mesh.micro_batch_size, config.plan.targets_per_request
-    blocks = sum(len(ksa.layers) for ksa in model.ksa.values()) + model.encoder_layers + model.n_layers
-    recomputed = chosen(options.checkpoint_blocks, blocks)
+    recomputed = chosen(options.checkpoint_blocks, blocks_before_decoder(model) + model.n_layers)
     saved = saved_bytes(
         model,
         vocabulary,

@@ -13,7 +13,7 @@ from onetrain.launcher.config import check, config_difference, load_config, run_
 from onetrain.launcher.config_messages import NAMED, all_keys, dotted
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import EvaluationOptions, RunConfig, TrackingOptions
-from onetrain.model.options import ModelOptions, QueryFormerOptions
+from onetrain.model.options import KSAOptions, ModelOptions, QueryFormerOptions
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 
 SMALLEST = "name: small\ndata: {prepared: /prepared}\n"
@@ -107,7 +107,7 @@ def test_every_problem_is_told_at_once(write):
     ("override", "suggestion"),
     [
         ("modle=3", "did you mean model?"),
-        ("model.embedding_dim=3", "did you mean model.embed_dim or data.source.simulator.embedding_dim?"),
+        ("model.embedding_dim=3", "did you mean model.embed_dim or data.source.simulator.embedding_dim"),
         ("train.learning_rate=3", "did you mean optimizer.learning_rate?"),
         ("batch.pathways.liked.lenght=3", "did you mean batch.pathways.liked.length"),
         ("learning_rat=3", "did you mean optimizer.learning_rate?"),
@@ -118,6 +118,11 @@ def test_an_unknown_key_gets_the_nearest_valid_one(write, override, suggestion):
     message = problems_of(write(SMALLEST), [override])
     assert override.partition("=")[0] + ": unknown key" in message
     assert suggestion in message
+
+
+def test_full_attention_is_a_word(write):
+    message = problems_of(write(SMALLEST), ["model.ksa.history.layers=[ksa, 16768]"])
+    assert "model.ksa.history.layers[1]: given 16768 (a whole number), expected one of ksa, full" in message
 
 
 @pytest.mark.parametrize("value", ["true", "1.0", "4", "'1'"])
@@ -320,6 +325,7 @@ def test_the_documentation_has_every_key_with_its_default():
     expected = {}
     defaults["batch"]["pathways"] = {NAMED: asdict(PathwayOptions())}
     defaults["model"]["query_formers"] = {NAMED: asdict(QueryFormerOptions())}
+    defaults["model"]["ksa"] = {NAMED: asdict(KSAOptions())}
     for location in all_keys():
         value = reduce(lambda section, part: section[part], location, defaults)
         if not isinstance(value, dict) or not value:

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from onetrain.data.options import BatchOptions, DataOptions
+from onetrain.data.options import BatchOptions, DataOptions, PathwayOptions
 from onetrain.launcher.config_model import model_problems
 from onetrain.launcher.options import RunConfig
-from onetrain.model.options import ContrastiveOptions, ModelOptions, MoEOptions, QueryFormerOptions
+from onetrain.model.options import ContrastiveOptions, KSAOptions, ModelOptions, MoEOptions, QueryFormerOptions
 
+STACK = {"ksa": {"history": KSAOptions(chunk=4)}}
 ENCODER = {"architecture": "encoder_decoder", "cross_attention": "projected_kv", "encoder_layers": 1}
 
 
@@ -39,6 +40,14 @@ def problems(model=None, batch=None):
             {"share_context": "user"},
             "model.query_formers compress",
         ),
+        ({"ksa": {"histroy": KSAOptions()}}, {}, "model.ksa: there is no 'histroy'"),
+        (STACK, {"share_context": "user"}, "model.ksa reads all of a history"),
+        (STACK, {"pathways": {"history": PathwayOptions(align=6)}}, "leave it out, which means 4"),
+        (
+            {**STACK, **ENCODER, "flatten_codes": True},  # 4 codes begin an event every 4 events of 3 codes
+            {"pathways": {"history": PathwayOptions(align=6)}},
+            "leave it out, which means 4",
+        ),
     ],
 )
 def test_it_is_named(model, batch, message):
@@ -53,6 +62,12 @@ def test_it_is_named(model, batch, message):
         ({}, {}),
         ({"feature_widths": {"sid": 8, "user": 4}, "hashed": {"user": 9}, "user_features": ("user",)}, {}),
         ({"time_aware": True, "feature_widths": {"hour": 3}}, {"share_context": "user"}),
+        (STACK, {"pathways": {"history": PathwayOptions(align=8), "other": PathwayOptions(align=3)}}),
+        (STACK, {"pathways": {"history": PathwayOptions(align=1)}}),
+        (
+            {**ENCODER, "flatten_codes": True, "ksa": {"history": KSAOptions(chunk=6)}},
+            {"pathways": {"history": PathwayOptions(align=2)}},
+        ),
         ({"contrastive": ContrastiveOptions(weight=1), "hashed": {"item": 5}}, {"request_by": "timestamp"}),
     ],
 )

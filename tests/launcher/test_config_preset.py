@@ -10,8 +10,8 @@ from onetrain.launcher.config import check, load_config, save_config
 from onetrain.launcher.config_yaml import parse_yaml
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
-from onetrain.model.options import ModelOptions, MoEOptions, QueryFormerOptions
-from onetrain.model.presets import PRESETS, preset
+from onetrain.model.options import KSAOptions, ModelOptions, MoEOptions, QueryFormerOptions
+from onetrain.model.presets import PRESETS, STACKS, preset
 
 START = """name: small
 data: {prepared: /prepared}
@@ -143,3 +143,39 @@ def test_check_knows_presets_of_configurations_made_in_code():
     config = RunConfig("a", model=ModelOptions(preset="onerec"))
     with pytest.raises(ConfigError, match="there is no preset 'onerec'"):
         check(config, needs_data=False)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_one_line_makes_a_lifelong_pathway(load, name):
+    ksa = load(f"model: {{ksa: {{history: {{preset: {name}}}}}}}").model.ksa
+    assert ksa == {"history": STACKS[name]}
+    assert STACKS[name] != KSAOptions(preset=name) or name == "10k"  # the paper's sizes are the defaults
+
+
+def test_keys_beside_the_preset_of_a_stack_win(load, tmp_path):
+    text = "model: {preset: onerec_v2_1b, ksa: {history: {preset: 2k, width: 64}, buy: {chunk: 3}}}"
+    config = load(text, "model.ksa.history.window=5")
+    expected = {"history": replace(STACKS["2k"], width=64, window=5), "buy": KSAOptions(chunk=3)}
+    assert config.model.ksa == expected
+    saved = tmp_path / "run" / "config.yaml"
+    save_config(config, saved)
+    assert load_config(saved) == config
+    longer = load_config(saved, ["model.ksa.history.preset=100k"]).model.ksa
+    assert longer == {**expected, "history": replace(STACKS["100k"], width=64, window=5)}
+    plain = load_config(saved, ["model.ksa.history.preset=null"]).model.ksa
+    assert plain["history"] == KSAOptions(width=64, window=5)
+
+
+@pytest.mark.parametrize("preset", ["1k", "''"])
+def test_an_unknown_preset_of_a_stack_is_named(load, preset):
+    with pytest.raises(ConfigError, match=r"model.ksa.history.preset: .*2k, 10k, 100k"):
+        load(f"model: {{ksa: {{history: {{preset: {preset}}}}}}}")
+    config = RunConfig("a", model=ModelOptions(ksa={"history": KSAOptions(preset="1k")}))
+    with pytest.raises(ConfigError, match=r"model.ksa.history.preset: .*2k, 10k, 100k"):
+        check(config, needs_data=False)
+
+
+@pytest.mark.parametrize("ksa", ["3", "[]", "{history: 3}", "{history: []}", "{history: {preset: 3}}"])
+def test_what_is_no_section_of_stacks_is_refused(load, ksa):
+    with pytest.raises(ConfigError, match=r"model.ksa"):
+        load(f"model: {{ksa: {ksa}}}", "train.steps=3")
