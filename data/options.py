@@ -24,15 +24,15 @@ class LifelongOptions:
 
     users: int = 2000
     held_out_users: int = 100  # for validation, and as many for test
-    themes: int = 32
+    themes: int = 8
     variants: int = 8  # of every theme; each is one item
-    rebuys: int = 32  # themes of the request
+    rebuys: int = 8  # themes of the request
     themes_of: Literal["any", "recent"] = "any"  # which they are: drawn, or those that were seen last
-    min_events: int = 2500  # of a history
+    min_events: int = 2500  # of a history; lengths are log-uniform
     max_events: int = 8200
     min_distance: int = 2000  # events from a deciding event to the request
     max_distance: int = 8000
-    embedding_dim: int = 48
+    item_dim: int = 32  # of embeddings, at least themes + variants
     seed: int = 0
 
 

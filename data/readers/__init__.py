@@ -14,6 +14,7 @@ READERS = {
     "kuairand": kuairand.read,
     "columns": columns.read,
     "simulator": simulator.read,
+    "lifelong": simulator.read_lifelong,
 }
 
 
