@@ -279,6 +279,8 @@ def _layout_in_words(config: RunConfig) -> tuple[str, ...]:
     options, words = config.parallel, []
     if options.tensor_parallel > 1:
         words.append(f"{options.tensor_parallel} ranks share every layer")
+    if options.context_parallel > 1:
+        words.append(f"{options.context_parallel} ranks share every history, the last of them counted")
     if options.expert_parallel > 1:
         words.append(f"{options.expert_parallel} ranks share the experts of a block, as if loads were equal")
     if options.checkpoint_blocks not in ("none", ()):

@@ -85,7 +85,8 @@ def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False)
     parameters: float = total - expert_parameters(model) + experts if experts else total
     if options.tensor_parallel > 1:
         parameters = tensor_parallel_parameters(model, vocabulary, options.tensor_parallel, MIN_ROWS)
-    state = state_bytes(options, config.optimizer, mesh.data_parallel, parameters, experts)
+    sharing = mesh.data_parallel * mesh.context_parallel  # ZeRO's ranks: those that hold the same parameters
+    state = state_bytes(options, config.optimizer, sharing, parameters, experts)
     samples, per_sample = mesh.micro_batch_size, config.plan.targets_per_request
     recomputed = chosen(options.checkpoint_blocks, blocks_before_decoder(model) + model.n_layers)
     saved = saved_bytes(
@@ -98,9 +99,19 @@ def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False)
         recomputed=recomputed,
         loss_in_chunks=options.loss_chunk is not None,
         tensor_parallel=options.tensor_parallel,
+        context_parallel=options.context_parallel,
     )
     passing = passing_bytes(
-        model, vocabulary, samples, per_sample, width, on_cpu, recomputed, options.loss_chunk, options.tensor_parallel
+        model,
+        vocabulary,
+        samples,
+        per_sample,
+        width,
+        on_cpu,
+        recomputed,
+        options.loss_chunk,
+        options.tensor_parallel,
+        options.context_parallel,
     )
     device = {
         **state.device,
@@ -115,7 +126,7 @@ def rank_memory(config: RunConfig, vocabulary: Vocabulary, on_cpu: bool = False)
         device["communication buckets"] += largest
         host += largest
         if mesh.accumulation_steps > 1:
-            host += width * parameters / mesh.data_parallel
+            host += width * parameters / sharing
     return RankMemory({name: size for name, size in device.items() if size}, host)
 
 

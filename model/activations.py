@@ -72,6 +72,7 @@ def saved_bytes(
     recomputed: Collection[int] = (),
     loss_in_chunks: bool = False,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
 ) -> SavedBytes:
     """What one sample of `targets` targets keeps.
 
@@ -79,11 +80,11 @@ def saved_bytes(
     compares with each other, by default the sample's own; `on_cpu` for the CPU's kernels; `recomputed` blocks keep
     their input only (numbered as the forward pass runs them: those of lifelong pathways, of the encoder, of the
     decoder); with `loss_in_chunks` no logits are kept; `tensor_parallel`
-    ranks share the heads of attention, hidden units and codes.
+    ranks share the heads of attention, hidden units and codes, `context_parallel` ranks every history.
     """
     if micro_batch_targets is None:
         micro_batch_targets = targets
-    count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel)
+    count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel, context_parallel)
     parts = {"context": count.context(), "ksa": count.stacks(recomputed)}
     head = 0.0 if loss_in_chunks else count.heads(0)
     recomputed = [index - count.stack_blocks for index in recomputed if index >= count.stack_blocks]
@@ -124,6 +125,7 @@ def passing_bytes(
     recomputed: Collection[int] = (),
     loss_chunk: int | None = None,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
 ) -> float:
     """What a micro batch of `rows` samples of `targets` targets needs for a moment of its backward pass, on top of what
     is saved: the larger of what the loss needs, and what a block does.
@@ -132,7 +134,7 @@ def passing_bytes(
     a head's gradient is added up. A block: what it computes again, and the gradients of its FFN's hidden units; by then
     the heads' probabilities are gone.
     """
-    count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel)
+    count = _Counter(options, vocabulary, element_bytes, on_cpu, tensor_parallel, context_parallel)
     codes = max(vocabulary.codes) / tensor_parallel
     decoder_only = options.architecture == "decoder_only"
     length = count.positions + vocabulary.levels * targets
@@ -164,7 +166,13 @@ class _Counter:
     """
 
     def __init__(
-        self, options: ModelOptions, vocabulary: Vocabulary, element: int, on_cpu: bool, ranks: int = 1
+        self,
+        options: ModelOptions,
+        vocabulary: Vocabulary,
+        element: int,
+        on_cpu: bool,
+        ranks: int = 1,
+        context_ranks: int = 1,
     ) -> None:
         self.options, self.vocabulary, self.element, self.ranks = options, vocabulary, element, ranks
         self.norm = 1 if on_cpu else 0
@@ -174,7 +182,7 @@ class _Counter:
         self.positions = context_positions(options, vocabulary)
         per_event = vocabulary.levels if options.flatten_codes else 1
         self.histories: list[tuple[StackBytes, StackWork]] = [
-            (StackBytes(ksa, element, on_cpu), stack_work(vocabulary.pathways[name] * per_event, ksa))
+            (StackBytes(ksa, element, on_cpu, context_ranks), stack_work(vocabulary.pathways[name] * per_event, ksa))
             for name, ksa in stacks(options, vocabulary).items()
         ]
         self.stack_blocks = sum(len(stack.options.layers) for stack, _ in self.histories)

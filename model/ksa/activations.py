@@ -26,6 +26,7 @@ class StackBytes:
     options: KSAOptions
     element: int  # bytes of weights and hidden states
     on_cpu: bool
+    ranks: int = 1  # that share every history
 
     @property
     def norm(self) -> int:
@@ -45,30 +46,39 @@ class StackBytes:
 
     def blocks(self, work: StackWork) -> list[float]:
         """Of every block."""
-        return [self.block(work, kind == "full" and self.options.bypass_full) for kind in self.options.layers]
+        return [self.block(work, kind == "full") for kind in self.options.layers]
 
-    def block(self, work: StackWork, bypass: bool) -> float:
-        """Of one block: two norms, projections, attention and FFN; `bypass` lets summary rows pass it by."""
-        options = self.options
-        bypassed = work.summaries if bypass else 0
-        if bypass:
-            work = work._replace(summaries=0)
+    def block(self, work: StackWork, full: bool) -> float:
+        """Of one block on one rank: two norms, projections, attention and FFN."""
+        options, read = self.options, self._rows_read(work, full)
+        bypassed, work = 0.0, work.times(1 / self.ranks)
+        if full and options.bypass_full:
+            bypassed, work = work.summaries, work._replace(summaries=0)
         rows = work.text + work.summaries
         normed = 2 * (((1 + self.norm) * self.state + self.element) * options.width + WIDE_BYTES)
         ffn = 4 * options.ffn_width * self.element
         out = options.width * self.element  # what the output projection reads
         kept = rows * (normed + ffn + out) + bypassed * options.width * self.element  # part of the block's input
-        return kept + self._projected(work) + self._kernel(work) + self._own_chunks(work)
+        queries = work.text * (2 * options.width * self.kernel_element + options.heads * WIDE_BYTES)
+        keys = read * 2 * self._kv_width * self.kernel_element
+        return kept + self._projected(work) + queries + keys + self._own_chunks(work)
 
     def input(self, work: StackWork) -> float:
         """What a block keeps that computes the rest again."""
-        return (work.text + work.summaries) * self.options.width * self.element
+        return (work.text + work.summaries) / self.ranks * self.options.width * self.element
 
     def passing(self, work: StackWork) -> float:
         """What a block's backward pass has for a moment: gradients of the FFN's hidden units, or of the attention."""
-        hidden = (work.text + work.summaries) * 4 * self.options.ffn_width * self.element
-        keys = (work.text + work.summaries) * 2 * self._kv_width
-        return max(hidden, (2 * work.text * self.options.width + keys) * self.kernel_element)
+        hidden = (work.text + work.summaries) / self.ranks * 4 * self.options.ffn_width * self.element
+        keys = max(self._rows_read(work, kind == "full") for kind in self.options.layers) * 2 * self._kv_width
+        return max(hidden, (2 * work.text / self.ranks * self.options.width + keys) * self.kernel_element)
+
+    def _rows_read(self, work: StackWork, full: bool) -> float:
+        """Rows whose keys and values the last of the ranks reads: its own, and from others what its rows see."""
+        own, options = work.text / self.ranks, self.options
+        if full:
+            return work.text + (0 if self.ranks > 1 or options.bypass_full else work.summaries)
+        return min(work.text, own + (options.window * options.chunk if self.ranks > 1 else 0)) + work.summaries
 
     @property
     def _kv_width(self) -> int:
@@ -83,12 +93,6 @@ class StackBytes:
         angles = 2 * options.d_head * WIDE_BYTES
         rows = work.text + kinds * work.summaries
         return options.qk_norm * rows * norms + (work.text + work.summaries) * angles
-
-    def _kernel(self, work: StackWork) -> float:
-        """Of the attention of text rows."""
-        options = self.options
-        queries = work.text * (2 * options.width * self.kernel_element + options.heads * WIDE_BYTES)
-        return queries + (work.text + work.summaries) * 2 * self._kv_width * self.kernel_element
 
     def _own_chunks(self, work: StackWork) -> float:
         """Of the attention of summary rows: queries, gathered keys and values, probabilities, row numbers."""

@@ -6,7 +6,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from onetrain.model.build import build
+from onetrain.model.inputs import Context, Events
+from onetrain.model.options import ModelOptions, Vocabulary
+from onetrain.parallel import context_parallel
 from onetrain.parallel.engine import Engine
+from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 from onetrain.parallel.process_group import Ranks
 
@@ -58,6 +63,31 @@ def bytes_per_parameter(ranks: Ranks, options: ParallelOptions, optimizer: Optim
     engine.train_step(batches, loss, lambda words: float(len(words)))
     engine.close()
     return held[0], held[1]
+
+
+def saved_of_a_shared_history(ranks: Ranks, options: ModelOptions, length: int) -> int:
+    """Bytes that autograd saves of one history that all ranks share, parameters left out."""
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(codes=(9,), features={}, pathways={"history": length})
+    model = build(options, vocabulary)
+    parallel = ParallelOptions(context_parallel=ranks.world_size, global_batch_size=1)
+    context_parallel.apply(model, context_parallel.start(Mesh.plan(ranks.world_size, parallel, options), 60))
+    place = torch.arange(length)[None]
+    events = Events(place[..., None] % 9, place, torch.tensor([length]), {})
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.context(Context({"history": events}, {}))  # type: ignore[operator]
+    total = sum(storage.nbytes() for storage in kept.values())
+    out.x_BPD.sum().backward()
+    return total
 
 
 def live_storages() -> dict[int, torch.UntypedStorage]:

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from plan_memory_cases import bytes_per_parameter
+from plan_memory_cases import bytes_per_parameter, saved_of_a_shared_history
 
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.plan_memory import rank_memory, state_bytes
-from onetrain.model.options import ModelOptions, MoEOptions, Vocabulary
+from onetrain.model.activations import saved_bytes
+from onetrain.model.options import KSAOptions, ModelOptions, MoEOptions, Vocabulary
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 from onetrain.parallel.testing import WorkerPool
@@ -42,6 +43,20 @@ def test_two_ranks_hold_what_is_planned(pool, stage, precision):
     # fp32 stage 1: whole gradients while they are accumulated, of which the last backward pass leaves the rank's share
     lowest = kept + 2 if (stage, precision) == (1, "fp32") else 0.99 * sum(planned.values())
     assert lowest <= after_backward <= 1.01 * sum(planned.values()) + 0.7  # 0.7: the last bucket's large parameter
+
+
+@pytest.mark.parametrize("layers", [("ksa", "ksa"), ("ksa", "full")])
+def test_the_last_of_two_ranks_that_share_a_history_saves_what_is_planned(pool, layers):
+    ksa = KSAOptions(width=32, heads=2, layers=layers, chunk=4, window=8)
+    options = ModelOptions(d_model=8, n_heads=1, n_layers=1, embed_dim=4, ksa={"history": ksa})
+    vocabulary = Vocabulary(codes=(9,), features={}, pathways={"history": 600})
+    whole, shared = (
+        saved_bytes(options, vocabulary, 0, 4, 1, on_cpu=True, context_parallel=ranks).parts for ranks in (1, 2)
+    )
+    found = pool.run(saved_of_a_shared_history, options, 600)
+    assert max(found) == found[1]
+    assert shared["ksa"] + shared["context"] == pytest.approx(found[1], rel=0.03)
+    assert shared["ksa"] < 0.62 * whole["ksa"]
 
 
 def test_eight_ranks_by_hand():
@@ -99,5 +114,14 @@ def test_rank_memory_follows_the_degrees_and_what_is_recomputed():
     probabilities = 16 * 5 * 3 * 2048 * 4  # of 16 samples on a rank with 5 targets each
     chunked = memory(dense, loss_chunk=8)
     assert plain - chunked["activations"] == pytest.approx(probabilities, rel=0.05)
+    long = ModelOptions(d_model=64, n_layers=1, ksa={"history": KSAOptions(width=64, chunk=4, window=2)})
+    plain, shared, every = (
+        memory(long, **parallel)["activations"]
+        for parallel in ({}, {"context_parallel": 2}, {"checkpoint_blocks": "all"})
+    )
+    assert 0.5 * 2 * plain < shared < 0.75 * 2 * plain  # of twice the samples
+    assert every < 0.3 * plain
+    state = [memory(long, zero_stage=3, context_parallel=ranks)["optimizer moments"] for ranks in (1, 2)]
+    assert state[0] == state[1]
     with pytest.raises(ParallelError, match="the model's blocks are 0 to 2"):
         memory(dense, checkpoint_blocks=(3,))
