@@ -170,7 +170,8 @@ def _part(engine: Engine, name: str, rank: int) -> tuple[int, int]:
 def _partition(engine: Engine, name: str, rank: int) -> int:
     """Which of ZeRO's partitions of its part a rank holds."""
     mesh = engine.mesh
-    return mesh.data_rank(rank) // (mesh.expert_parallel if name in engine.expert_names else 1)
+    place = rank // mesh.tensor_parallel  # ZeRO cuts over data and context ranks alike
+    return place // (mesh.expert_parallel if name in engine.expert_names else 1)
 
 
 def _placements_of_ranks(engine: Engine) -> list[dict[str, Placement]]:
