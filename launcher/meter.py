@@ -75,8 +75,8 @@ class Meter:
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         names = list(self.vocabulary.pathways)
         local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
-        local += [count for work in self._work.values() for count in work]
-        waited, *counts = all_reduce_sum([self._waited, *map(float, local)], self.ranks)
+        of_stacks = [count for work in self._work.values() for count in work]
+        waited, *counts = all_reduce_sum([self._waited, *map(float, local), *of_stacks], self.ranks)
         targets, positions, samples, micro_batches, *counts = (count / self.readers for count in counts)
         events, counts, width = counts[: len(names)], counts[len(names) :], len(StackWork._fields)
         weight = max(sum(result.weight for result in self._results), 1e-12)
