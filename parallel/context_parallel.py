@@ -10,7 +10,7 @@ its rows came. Since every rank of the group has the whole loss, gradients over 
 times the loss's, which DeepSpeed's mean over data and context ranks divides by.
 
 Legend: A rows [text; summaries] of a part, N rows that a rank gets, E elements of a row, T text rows, H heads, G KV
-groups, K head width, D width, P rows asked for, U different ones of them.
+groups, K head width, D width, P rows asked for, U different ones of them or histories.
 """
 
 from collections.abc import Iterator
@@ -120,6 +120,10 @@ class SharedSequence(Sequence):
         assert isinstance(part, Share)
         rows_U, place_P = rows_P.unique(return_inverse=True)
         return exchange(x_AD, gather(part, rows_U), self.group)[place_P]
+
+    def history_sums(self, value_T: Tensor, part: Part) -> Tensor:
+        """(U,) on every rank: of every history the sum over its text rows, wherever they are computed."""
+        return _Sum.apply(super().history_sums(value_T, part), self.group)
 
 
 def cut(layout: Layout, ranks: int) -> tuple[Part, ...]:
@@ -247,6 +251,21 @@ class _Exchange(torch.autograd.Function):
         for rows, part in zip(route.send, back, strict=True):  # one peer after the other: sums in one order
             grad_AE[rows] += part
         return grad_AE.to(grad_NE.dtype), None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def _all_to_all(rows_NE: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

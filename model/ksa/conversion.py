@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from onetrain.model.decoder import Predictions, SidDecoder
 from onetrain.model.inputs import Context, Targets
 from onetrain.model.ksa.attention import KSAAttention
-from onetrain.model.ksa.part import Part
+from onetrain.model.ksa.part import Part, Sequence
 from onetrain.model.ksa.stack import KSAStack
 from onetrain.model.loss import LossParts, training_loss
 from onetrain.model.moe import routers
@@ -136,25 +136,20 @@ class Outputs:
 
     text_ZTD: list[Tensor] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
 
 
 def attention_errors(learned: Outputs, taught: Outputs, options: ConversionOptions) -> Tensor:
     """(B,) the clipped squared error of every row: mean over layers, over its text tokens and over width."""
     errors = []
-    for text_TD, taught_TD, part in zip(learned.text_ZTD, taught.text_ZTD, learned.parts, strict=True):
+    of_layers = zip(learned.text_ZTD, taught.text_ZTD, learned.parts, learned.sequences, strict=True)
+    for text_TD, taught_TD, part, sequence in of_layers:
         text_TD, taught_TD = wide(text_TD), wide(taught_TD)
         if options.mse_rms:
             text_TD, taught_TD = (F.rms_norm(x, x.shape[-1:], eps=RMS_EPS) for x in (text_TD, taught_TD))
         error_T = (text_TD - taught_TD).square().clamp(max=options.mse_clip).mean(-1)
-        length_B = part.layout.length_U.to(error_T.device)
-        sum_B = error_T.new_zeros(len(length_B)).index_add(0, _rows(length_B, len(error_T)), error_T)
-        errors.append(sum_B / length_B.clamp_min(1))
+        errors.append(sequence.history_sums(error_T, part) / part.layout.length_U.to(error_T.device).clamp_min(1))
     return torch.stack(errors).mean(0)
-
-
-def _rows(length_B: Tensor, total: int) -> Tensor:
-    """The row of every text token, (T,)."""
-    return torch.arange(len(length_B), device=length_B.device).repeat_interleave(length_B, output_size=total)
 
 
 @contextmanager
@@ -162,10 +157,11 @@ def _attention_outputs(model: nn.Module) -> Iterator[Outputs]:
     """Collects the outputs of every layer of summary attention in the forward pass inside."""
     outputs = Outputs()
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, Part, nn.Module], y_AD: Tensor) -> None:
-        part = inputs[1]
+    def keep(module: nn.Module, inputs: tuple[Tensor, Part, Sequence], y_AD: Tensor) -> None:
+        _, part, sequence = inputs
         outputs.text_ZTD.append(y_AD[: part.n_text])
         outputs.parts.append(part)
+        outputs.sequences.append(sequence)
 
     handles = [
         attention.register_forward_hook(keep)

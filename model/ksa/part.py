@@ -3,11 +3,12 @@
 Context parallelism puts its own `Sequence` in the place of this one; the stack does not know.
 
 Legend: T text rows of the part, R its summary rows, A = T + R, Z its complete chunks, C chunk, H heads, G KV groups,
-K head width, D width, P rows asked for.
+K head width, D width, P rows asked for, U histories.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from onetrain.model.attention import KeyValue
@@ -78,3 +79,10 @@ class Sequence(nn.Module):
     def states(self, x_AD: Tensor, part: Part, rows_P: Tensor) -> Tensor:
         """(P, D): rows of [all text; all summaries] of the layout, given those of the part."""
         return x_AD[rows_P]
+
+    def history_sums(self, value_T: Tensor, part: Part) -> Tensor:
+        """(U,) of every history the sum over its text rows, given the values of those of the part."""
+        length_U = part.layout.length_U.to(value_T.device)
+        number_U = torch.arange(len(length_U), device=value_T.device)
+        history_T = number_U.repeat_interleave(length_U, output_size=part.layout.n_text)[part.text]
+        return value_T.new_zeros(len(length_U)).index_add(0, history_T, value_T)
