@@ -190,6 +190,24 @@ def test_a_step_that_fails_leaves_the_history_as_it_was(part, bypass):
     same_history(quiet, shaken, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("length", range(3, 13))
+def test_a_failure_after_the_last_layer_hides_no_state(length, monkeypatch):
+    """The new states are written, the lengths are not: a reader still finds the whole last window."""
+    module = stack(small_options(2, chunk=3, summaries=1, window=1, layers=("ksa",)), 0)
+    x_U = tokens(module.options, [13])
+    history, expected = filled(module, x_U, [length]), expected_states(module, x_U)
+    write = history.write_states
+
+    def write_and_fail(*args):
+        write(*args)
+        raise ArithmeticError("broken")
+
+    monkeypatch.setattr(history, "write_states", write_and_fail)
+    with pytest.raises(ArithmeticError, match="broken"):
+        step(module, history, next_tokens(history, x_U))
+    check_reading(module, history, expected)
+
+
 def test_rows_of_the_papers_cache():
     """Section 5.3: 8,192, 32,768 and 131,072 tokens; less its one scratch row."""
     options = KSAOptions(width=8, heads=1)
