@@ -9,6 +9,7 @@ summary attention, D width.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ def full_attention(model: nn.Module) -> Iterator[None]:
     layers = [(attention, attention.full) for stack, _ in before for attention in _attentions(stack)]
     try:
         for stack, options in before:
-            stack.options = replace(options, layers=("full",) * len(options.layers), summaries=0)
+            kinds: list[Literal["ksa", "full"]] = ["full"] * len(options.layers)
+            stack.options = replace(options, layers=tuple(kinds), summaries=0)
         for attention, _ in layers:
             attention.full = True
         yield

@@ -19,6 +19,7 @@ from conversion_cases import FULL, INPUTS, converted, inputs, new_model, rows_of
 from onetrain.model.ksa.conversion import distillation_loss, freeze_all_but_summaries, set_blend
 from onetrain.model.loss import LossParts
 from onetrain.model.options import ConversionOptions
+from onetrain.parallel import activation_checkpointing
 from onetrain.parallel.checkpoint import load, save, start_from
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.optimizer_state import VALUE, gather
@@ -195,6 +196,17 @@ def cross(ranks: Ranks, folder: Path) -> None:
 
 def test_weights_cross_between_the_stages_of_a_conversion(pool: WorkerPool, tmp_path: Path) -> None:
     pool.run(cross, tmp_path)
+
+
+def test_layers_that_recompute_give_the_same_loss_and_gradients() -> None:
+    plain, recomputing = frozen_model(), frozen_model()
+    activation_checkpointing.apply(recomputing, "all")
+    losses = [loss_fn(model, global_batch(1)).loss for model in (plain, recomputing)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, ours), theirs in zip(recomputing.named_parameters(), plain.parameters(), strict=True):
+        assert not ours.requires_grad or torch.equal(ours.grad, theirs.grad), name
 
 
 def strict(ranks: Ranks, folder: Path) -> None:
