@@ -36,8 +36,6 @@ def conversion_problems(config: RunConfig) -> Iterator[str]:
                 f"model.{name}: given {getattr(model, name)}, but {stage} compares two readings of the same input; use "
                 "0 for this stage"
             )
-    if config.parallel.compile:
-        yield f"parallel.compile: {stage} reads the outputs of attention layers by hooks; use false for this stage"
     for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
         if getattr(config.parallel, name) > 1:
             yield f"parallel.{name}: {stage} freezes most parameters, which ranks cannot share; use 1 for this stage"

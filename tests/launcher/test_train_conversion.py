@@ -162,7 +162,7 @@ def test_debug_checks_the_gradients_of_what_learns(stages, capsys):
         ("distil", {"model__ksa": {"lifelong": replace(HYBRID, blend=0.0)}}, "blend 1"),
         ("anneal", {"model__ksa": {"lifelong": replace(HYBRID, blend=0.5)}}, "given 0.5.*starts at 1"),
         ("distil", {"model__context_dropout": 0.1}, "model.context_dropout: given 0.1.*use 0"),
-        ("distil", {"parallel__compile": True}, "parallel.compile"),
+        ("distil", {"parallel__context_parallel": 2}, "parallel.context_parallel.*use 1"),
         ("distil", {"parallel__tensor_parallel": 2}, "parallel.tensor_parallel.*use 1"),
         ("anneal", {"train__steps": 9}, "conversion.anneal_to: given 9.*at most 8"),
         ("anneal", {"train__warm_start": None}, "conversion.stage: anneal starts from a trained model"),

@@ -177,6 +177,9 @@ def cross(ranks: Ranks, folder: Path) -> None:
             else:
                 assert torch.equal(value, full[name.replace(".attention.summary.", ".attention.text.")]), name
         set_blend(model, 0.25)
+        with engine.gathered() as module:  # what is validated
+            blends = {name: float(buffer) for name, buffer in module.named_buffers() if name.endswith(".blend")}
+            assert list(blends.values()) == [0.25] * 3
         save(engine, folder / "annealing", {})
         set_blend(model, 0.0)
         save(engine, folder / "annealed", {})
