@@ -9,7 +9,7 @@ from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events, Targets
 from onetrain.model.loss import LossParts, training_loss
-from onetrain.model.options import ModelOptions, MoEOptions, MTPOptions, Vocabulary
+from onetrain.model.options import KSAOptions, ModelOptions, MoEOptions, MTPOptions, Vocabulary
 
 EVENTS = 6
 VOCABULARY = Vocabulary(codes=(13, 11, 7), features={}, pathways={"history": EVENTS})
@@ -20,6 +20,9 @@ MODELS = {
     "sparse": SPARSE,
     "mtp": replace(DENSE, mtp=MTPOptions(enabled=True), cross_attention="projected_kv", qk_norm=True, output_gate=True),
     "encoder_decoder": replace(DENSE, architecture="encoder_decoder", encoder_layers=2, cross_attention="projected_kv"),
+    "lifelong": replace(
+        DENSE, ksa={"history": KSAOptions(width=16, heads=2, layers=("ksa", "full"), chunk=2, window=0)}
+    ),
     "decoder_only": replace(SPARSE, architecture="decoder_only"),
 }
 Batch = tuple[Context, Targets]

@@ -122,7 +122,7 @@ def test_nothing_is_recomputed_without_gradients():
     assert calls == [1, 1, 1]
 
 
-@pytest.mark.parametrize(("name", "last"), [("dense", 2), ("encoder_decoder", 4)])
+@pytest.mark.parametrize(("name", "last"), [("dense", 2), ("encoder_decoder", 4), ("lifelong", 4)])
 def test_blocks_that_are_not_there(name, last):
     model = new_model(MODELS[name])
     with pytest.raises(ParallelError, match=rf"names -1, 7; the model's blocks are 0 to {last} "):

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 from typing import NamedTuple
 
 import golden
@@ -15,10 +16,11 @@ from torch import Tensor
 from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events
+from onetrain.model.ksa.conversion import distillation_loss, freeze_all_but_summaries
 from onetrain.model.ksa.layout import Layout
 from onetrain.model.ksa.stack import KSAStack
-from onetrain.model.options import KSAOptions, ModelOptions
-from onetrain.parallel import context_parallel
+from onetrain.model.options import ConversionOptions, KSAOptions, ModelOptions
+from onetrain.parallel import checkpoint, context_parallel
 from onetrain.parallel.context_parallel import cut, needs
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.mesh import Mesh
@@ -263,3 +265,52 @@ def test_parts_are_whole_chunks_near_equal_shares_and_take_what_they_see(name: s
             assert set(needed.summary) >= seen
             others = len(set(needed.summary) - seen - own)
             assert others <= (0 if window == "full" else min(window, layout.n_text) * summaries)
+
+
+def restored(ranks: Ranks, folder: Path) -> list[bool]:
+    """Of every ZeRO stage, whether a step after a checkpoint is that of the engine that has written it."""
+    found = []
+    for stage in (0, 2, 3):
+        parallel = replace(SHARED, zero_stage=stage)
+        before, after = (
+            Engine(new_model(MODELS["dense"]), parallel, golden.OPTIMIZERS["AdamW"], ranks, STEPS) for _ in range(2)
+        )
+        golden.go_on(before, global_batch, 2)
+        checkpoint.save(before, folder / str(stage), {})
+        checkpoint.load(after, folder / str(stage))
+        expected, ours = (golden.go_on(engine, global_batch, 1) for engine in (before, after))
+        if expected is not None and ours is not None:
+            same = all(torch.equal(ours.weights[name], value) for name, value in expected.weights.items())
+            found.append(same and ours.history == expected.history)
+        before.close()
+        after.close()
+    return found
+
+
+def test_a_checkpoint_restores_every_rank(pools: dict[int, WorkerPool], tmp_path: Path) -> None:
+    assert pools[2].run(restored, tmp_path)[0] == [True] * 3
+
+
+def distilled(ranks: Ranks) -> list[float]:
+    """Worst deviation of the loss and of every gradient, added up over ranks, from those of whole histories."""
+    options, results = ConversionOptions(stage="distil", mse=5.0, mse_clip=10.0), []
+    mesh = Mesh.plan(ranks.world_size, replace(SHARED, global_batch_size=4))
+    group = context_parallel.start(mesh, 60)
+    for shared in (False, True):
+        model = new_model(MODELS["dense"]).double()
+        freeze_all_but_summaries(model)
+        if shared:
+            context_parallel.apply(model, group)
+        loss = distillation_loss(model, *global_batch(0), options).loss
+        loss.backward()
+        total = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        if shared:
+            dist.all_reduce(total)
+            total /= ranks.world_size
+        results.append(torch.cat((loss.detach()[None], total)))
+    return [float((results[0] - results[1]).abs().max()), float(results[0].abs().max())]
+
+
+def test_distillation_sums_its_errors_over_the_ranks_of_a_history(pools: dict[int, WorkerPool]) -> None:
+    for deviation, largest in pools[2].run(distilled):
+        assert deviation < 1e-9 * largest

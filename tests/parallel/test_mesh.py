@@ -9,13 +9,14 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from onetrain.model.options import ModelOptions, MoEOptions
+from onetrain.model.options import KSAOptions, ModelOptions, MoEOptions
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.mesh import GROUP_KINDS, Mesh
 from onetrain.parallel.options import ParallelOptions
 
 DENSE = ModelOptions(d_model=48, n_heads=6)
 SPARSE = replace(DENSE, moe=MoEOptions(experts=5))
+LIFELONG = replace(SPARSE, ksa={"history": KSAOptions()})
 
 
 @st.composite
@@ -96,7 +97,7 @@ def test_the_batch_is_spread_over_data_ranks_only(mesh: Mesh) -> None:
     expert=st.integers(1, 7),
     batch=st.integers(1, 200),
     micro=st.none() | st.integers(1, 12),
-    model=st.sampled_from([None, DENSE, SPARSE]),
+    model=st.sampled_from([None, DENSE, SPARSE, LIFELONG]),
 )
 def test_a_refusal_names_numbers_that_work(
     world_size: int, tensor: int, context: int, expert: int, batch: int, micro: int | None, model: ModelOptions | None
@@ -163,6 +164,12 @@ def without_numbers(message: str) -> str:
         ),
         (4, {"expert_parallel": 2}, DENSE, r"2 needs experts, and the model has none: set it to 1, or .*model\.moe\."),
         (8, {"expert_parallel": 8}, SPARSE, r"8 is more than the 5 experts of model\.moe\.experts: set it to 4\."),
+        (
+            4,
+            {"context_parallel": 2},
+            DENSE,
+            r"2 shares .* the model has no pathway of it: set it to 1, or .*model\.ksa\.",
+        ),
         (8, {"tensor_parallel": 4}, DENSE, r"4 does not divide the 6 heads of model\.n_heads: set it to 2\."),
         (2, {"micro_batch_size": 10**6}, None, r"1000000 does not divide .* 120 samples .*: set it to 120\."),
         (3000, {"micro_batch_size": 7, "global_batch_size": 10**6}, None, r"set it to 987000 or 1008000"),
