@@ -63,18 +63,27 @@ def _for_one_rank(config: RunConfig) -> ParallelOptions:
 
 
 def check_gradients(config: RunConfig) -> None:
-    """One backward pass over a few samples in fp32; every parameter must get a finite gradient that is not all zero."""
+    """Backward passes over a few samples in fp32; every parameter must get a finite gradient that is not all zero.
+
+    Micro batches of the run's own size, as memory may not hold more, until every parameter has one.
+    """
     data = PreparedData.open(config)
     model = build_model(config, data).train()
     conversion.prepare(model, config.conversion)
     distil = config.conversion if config.conversion.stage == "distil" else None
     index = SampleIndex(data.reader, "train", config.batch)
     order = GlobalOrder(len(index), data.manifest.fingerprint, config.seed)
-    batch = data.builder(config).build([index[number] for number in order.sample_ids(0, CHECKED_SAMPLES)])
-    loss_sum, weight, _ = loss_of_batch(model, batch, torch.device("cpu"), distil=distil)
-    (loss_sum / weight).backward()
-    problems = []
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    builder, size = data.builder(config), config.parallel.micro_batch_size or CHECKED_SAMPLES
+    problems, loss, weight = [], 0.0, 0.0
+    for start in range(0, CHECKED_SAMPLES, size):
+        numbers = order.sample_ids(start, min(size, CHECKED_SAMPLES - start))
+        batch = builder.build([index[number] for number in numbers])
+        loss_sum, batch_weight, _ = loss_of_batch(model, batch, torch.device("cpu"), distil=distil)
+        (loss_sum / batch_weight).backward()
+        loss, weight = loss + float(loss_sum.detach()), weight + float(batch_weight)
+        if all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in learning.values()):
+            break
     for name, parameter in learning.items():
         if parameter.grad is None or not bool(parameter.grad.any()):
             problems.append(f"{name} receives no gradient")
@@ -82,6 +91,4 @@ def check_gradients(config: RunConfig) -> None:
             problems.append(f"{name} receives a gradient that is not finite")
     if problems:
         raise ConfigError(f"Gradient check failed: {'; '.join(problems)}.")
-    print_message(
-        f"gradient check: all {len(learning)} parameters receive finite gradients, loss {loss_sum / weight:.4f}"
-    )
+    print_message(f"gradient check: all {len(learning)} parameters receive finite gradients, loss {loss / weight:.4f}")
