@@ -241,7 +241,7 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(x_AE[torch.cat(route.send)], sent, route.received, group)[route.order_N]
 
     @staticmethod
-    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, None, None]:
         route: Route = ctx.route
         sent = [len(rows) for rows in route.send]
         by_peer_NE = torch.empty_like(grad_NE, memory_format=torch.contiguous_format)
@@ -262,7 +262,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

@@ -68,6 +68,12 @@ def cases() -> list[tuple[KSAOptions, str]]:
     return found
 
 
+def some_cases(ranks: int) -> list[tuple[KSAOptions, str]]:
+    """All for two ranks; for four the last half, most of which have summaries."""
+    every = cases()
+    return every[-2 * len(every) // ranks :]
+
+
 def new_stack(options: KSAOptions) -> KSAStack:
     torch.manual_seed(0)
     made = KSAStack(options, EPS).double()
@@ -96,7 +102,7 @@ def deviations(ranks: Ranks) -> list[tuple[float, float]]:
     mesh = Mesh.plan(ranks.world_size, ParallelOptions(context_parallel=ranks.world_size, global_batch_size=4))
     group = context_parallel.start(mesh, 60)
     found = []
-    for options, name in cases():
+    for options, name in some_cases(ranks.world_size):
         stack = new_stack(options)
         expected_PD, expected = one_pass(stack, LENGTHS[name])
         stack.zero_grad()
@@ -119,7 +125,7 @@ def deviations(ranks: Ranks) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_stacks_compute_what_one_process_does(pools: dict[int, WorkerPool], ranks: int) -> None:
     for of_rank in pools[ranks].run(deviations):
-        for case, (state, gradient) in zip(cases(), of_rank, strict=True):
+        for case, (state, gradient) in zip(some_cases(ranks), of_rank, strict=True):
             assert state < 1e-10, case
             assert gradient < 1e-10, case
 
