@@ -28,7 +28,7 @@ from onetrain.model.ksa.sizes import stack_work
 
 STAGES = [FOLDER / "pathways_young.yaml", FOLDER / "pathways.yaml"]
 QUERY_FORMER = "{width: 64, heads: 4, blocks: 2, queries: QUERIES}"
-QUERIES = 159  # as many FLOPs as the summary attention, at 3,000 events
+QUERIES = 153  # as many FLOPs as the summary attention, at 3,000 events
 METRICS = ("recall@4", "recall@8", "ndcg@8", "loss")
 
 

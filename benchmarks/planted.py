@@ -27,7 +27,7 @@ ARMS = {
     "full": ("full attention", [f"{KEY}.summaries=0", f"{KEY}.layers=[full, full]", f"{KEY}.window=1025"]),
 }
 STAGES = [FOLDER / "young.yaml", FOLDER / "planted.yaml"]
-EDGES = ((8, 16, 32, 64, 128, 320), (2000, 3000, 4500, 8001))  # of distances, young and old
+EDGES = ((8, 16, 24, 32, 48, 64, 129), (2000, 3000, 4500, 8001))  # of distances, young and old
 MAX_EVENTS = 8200  # 1025 chunks of 8: the full arm's decoder reads every state
 
 
