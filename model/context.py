@@ -89,15 +89,17 @@ class ContextProcessor(nn.Module):
 
     def append(self, context: Context, histories: Mapping[str, History]) -> Positions:
         """What `forward` returns for all events so far: `context` has only the new events of lifelong pathways, whose
-        histories they continue, and everything of the others."""
-        parts = []
-        for name in self.names:
-            pathway, events = self.pathways[module_key(name)], context.sequences[name]
+        histories they continue, and everything of the others.
+
+        Events that cannot be embedded raise before any history has changed.
+        """
+        events, parts = {name: self._events(context.sequences[name]) for name in self.names}, []
+        for name, (x_BNC, length_B, index_BN) in events.items():
+            pathway = self.pathways[module_key(name)]
             if isinstance(pathway, LifelongPathway):
-                x_BNC, length_B, _ = self._events(events)
                 parts.append(pathway.append(histories[name], x_BNC, length_B))
             else:
-                parts.append(self._pathway(name, events))
+                parts.append(pathway(x_BNC, length_B, index_BN))
         return self._all(context, parts)
 
     def _all(self, context: Context, parts: list[Positions]) -> Positions:

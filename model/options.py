@@ -101,7 +101,11 @@ class KSAOptions:
     @property
     def own_projections(self) -> bool:
         """Whether layers of summary attention have summary tokens with projections of their own."""
-        return self.summaries > 0 and self.blend > 0 and "ksa" in self.layers
+        return "ksa" in self.layers and self.projects_summaries("ksa")
+
+    def projects_summaries(self, kind: str) -> bool:
+        """Whether the summary tokens of layers of this kind have projections of their own."""
+        return self.summaries > 0 and self.blend > 0 and not (kind == "full" and self.bypass_full)
 
 
 @dataclass(frozen=True)

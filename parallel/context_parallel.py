@@ -160,7 +160,7 @@ def needs(parts: tuple[Part, ...], window: Window) -> list[Needs]:
     rows = [row for part in parts if part.n_text for row in (part.text_begin, part.text_end - 1)]
     if not rows:
         return [Needs(range(0), range(0)) for _ in parts]
-    bounds = torch.stack(parts[0].layout.ranges(window))[:, rows].T.tolist()
+    bounds = torch.stack(parts[0].layout.ranges(window).bounds)[:, rows].T.tolist()
     found = []
     for part in parts:
         if part.n_text == 0:
@@ -208,7 +208,7 @@ def fetch(part: Share, window: Window) -> Fetch:
         come += n_text + n_summary
     order_N = torch.cat([_numbers(rows, 0, device) for rows in (*text, *summary)])
     first = (own.text.start, own.text.start, own.summary.start, own.summary.start)
-    ranges = Ranges(*(bound_T - n for bound_T, n in zip(part.ranges(window), first, strict=True)))
+    ranges = Ranges(*(bound_T - n for bound_T, n in zip(part.ranges(window).bounds, first, strict=True)))
     return Fetch(Route(send, [sum(pair) for pair in counts], order_N), ranges, len(own.text))
 
 

@@ -53,7 +53,7 @@ class KSAAttention(nn.Module):
     def __init__(self, options: KSAOptions, full: bool, norm_eps: float) -> None:
         super().__init__()
         self.options, self.full = options, full
-        own = options.blend > 0 and options.summaries > 0 and not (full and options.bypass_full)
+        own = options.projects_summaries("full" if full else "ksa")
         self.text = Projections(options)
         self.summary = Projections(options) if own else None
         self.out = nn.Linear(options.width, options.width, bias=False)
@@ -79,7 +79,7 @@ class KSAAttention(nn.Module):
     def project_summaries(self, h_ND: Tensor, position_N: Tensor) -> Heads:
         """Of summary tokens: blended after projection and norm, before they are turned."""
         blend = float(self.blend)
-        if self.summary is None or blend == 0:
+        if self.summary is None or (blend == 0 and not torch.is_grad_enabled()):  # else they get a gradient, of zero
             return self.project_text(h_ND, position_N)
         own = self._normed(h_ND, self.summary)
         if blend < 1:

@@ -49,13 +49,19 @@ class Tile(NamedTuple):
 
 
 def tiles(ranges: Ranges, tile: int = TILE, block: int = BLOCK) -> list[Tile]:
-    """The work list of both passes."""
+    """The work list of both passes; kept with the ranges."""
+    if ("blocked", tile, block) not in ranges.plans:
+        ranges.plans["blocked", tile, block] = _plan(ranges, tile, block)
+    return ranges.plans["blocked", tile, block]
+
+
+def _plan(ranges: Ranges, tile: int, block: int) -> list[Tile]:
     rows = len(ranges.text_begin_T)
     if rows == 0:
         return []
     first = torch.arange(0, rows, tile)
     last = (first + tile).clamp_max(rows) - 1
-    at_first, at_last = ([bound_T.cpu()[at].tolist() for bound_T in ranges] for at in (first, last))
+    at_first, at_last = ([bound_T.cpu()[at].tolist() for bound_T in ranges.bounds] for at in (first, last))
     work = []
     for index, (begin, end) in enumerate(zip(first.tolist(), (last + 1).tolist(), strict=True)):
         blocks: list[Block] = []
@@ -208,7 +214,7 @@ def _mask(score_GXJ: Tensor, ranges: Ranges, tile: Tile, block: Block) -> None:
 
 def _hidden(ranges: Ranges, tile: Tile, block: Block, part: slice) -> Tensor:
     """(Q, J) of some columns of a block: the keys that a row does not see."""
-    of_tile = ranges.rows(tile.begin, tile.end)
-    begin_Q1, end_Q1 = of_tile[2 * block.kind][:, None], of_tile[2 * block.kind + 1][:, None]
+    of_kind = ranges.bounds[2 * block.kind : 2 * block.kind + 2]
+    begin_Q1, end_Q1 = (bound_T[tile.begin : tile.end, None] for bound_T in of_kind)
     key_J = torch.arange(block.begin + part.start, block.begin + part.stop, device=begin_Q1.device)
     return (key_J < begin_Q1) | (key_J >= end_Q1)

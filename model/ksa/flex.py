@@ -36,8 +36,14 @@ def flex_attention(q_HTK: Tensor, text: KeyValue, summary: KeyValue, ranges: Ran
 
 
 def block_mask(ranges: Ranges, summaries: int, texts: int, size: int = SIZE) -> BlockMask:
-    """The key blocks of every query block, without a matrix of all pairs."""
-    text_begin_T, text_end_T, summary_begin_T, summary_end_T = ranges
+    """The key blocks of every query block, without a matrix of all pairs; kept with the ranges."""
+    if ("flex", summaries, size) not in ranges.plans:
+        ranges.plans["flex", summaries, size] = _plan(ranges, summaries, texts, size)
+    return ranges.plans["flex", summaries, size]
+
+
+def _plan(ranges: Ranges, summaries: int, texts: int, size: int) -> BlockMask:
+    text_begin_T, text_end_T, summary_begin_T, summary_end_T = ranges.bounds
 
     def seen(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         place = key - summaries  # of a text key; compared, never divided, where it is negative
@@ -77,7 +83,7 @@ def _blocks(ranges: Ranges, summaries: int, texts: int, size: int) -> tuple[Tens
     last_I = (first_I + size).clamp_max(rows) - 1
     begin_J = torch.arange(0, keys, size, device=first_I.device)
     end_J = (begin_J + size).clamp_max(keys)
-    text, summary = [b_T + summaries for b_T in ranges[:2]], list(ranges[2:])
+    text, summary = [b_T + summaries for b_T in ranges.bounds[:2]], list(ranges.bounds[2:])
     some_IJ = torch.zeros(len(first_I), len(begin_J), dtype=torch.bool, device=first_I.device)
     clear = []
     for begin_T, end_T in (summary, text):  # ranges never decrease, so that the first and last row bound a block's

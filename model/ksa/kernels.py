@@ -17,7 +17,7 @@ def kernel_for(kernel: str, device: torch.device) -> str:
 
 def attention(q_HTK: Tensor, text: KeyValue, summary: KeyValue, ranges: Ranges, kernel: str = "auto") -> Tensor:
     """Every text row attends to its ranges of text and summary rows (G, N, K), in one softmax; returns (H, T, K)."""
-    if kernel_for(kernel, q_HTK.device) == "flex":
+    if kernel_for(kernel, q_HTK.device) == "flex" and q_HTK.shape[1] > 0:  # its mask cannot be of no rows
         from onetrain.model.ksa.flex import flex_attention  # imports a compiler
 
         return flex_attention(q_HTK, text, summary, ranges)[0]

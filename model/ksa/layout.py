@@ -8,9 +8,9 @@ Legend: T text rows of all histories, R summary rows, C chunk, S summaries per c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,17 +18,24 @@ from torch import Tensor
 Window = int | Literal["full"]  # previous chunks that are read as text, besides the own one
 
 
-class Ranges(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Ranges:
     """Of every text row the text rows and the summary rows that it sees, [begin, end) each; none of them decreases."""
 
     text_begin_T: Tensor
     text_end_T: Tensor
     summary_begin_T: Tensor
     summary_end_T: Tensor
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # what kernels make of them, for all layers alike
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Text begin and end, summary begin and end."""
+        return self.text_begin_T, self.text_end_T, self.summary_begin_T, self.summary_end_T
 
     def rows(self, begin: int, end: int) -> "Ranges":
         """Those of the text rows [begin, end)."""
-        return Ranges(*(bound_T[begin:end] for bound_T in self))
+        return Ranges(*(bound_T[begin:end] for bound_T in self.bounds))
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,17 @@ class Layout:
         """What text rows see with a window of so many previous chunks; `full` is plain causal attention over text.
 
         The summaries of a chunk are seen from the moment that its text has left the window: of every earlier chunk a
-        row sees all the text or all the summaries.
+        row sees all the text or all the summaries. Found once for all layers of a kind.
         """
+        if window not in self._ranges:
+            self._ranges[window] = self._find_ranges(window)
+        return self._ranges[window]
+
+    @cached_property
+    def _ranges(self) -> dict[Window, Ranges]:
+        return {}
+
+    def _find_ranges(self, window: Window) -> Ranges:
         start_T = self.text_start_U.repeat_interleave(self.length_U).to(self.device)
         summary_T = self.summary_start_U.repeat_interleave(self.length_U).to(self.device)
         after_T = start_T + self.position_T + 1

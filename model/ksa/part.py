@@ -60,7 +60,8 @@ class Part:
 
     def ranges(self, window: Window) -> Ranges:
         """What the text rows see, in row numbers of the whole layout."""
-        return self.layout.ranges(window).rows(self.text_begin, self.text_end)
+        ranges = self.layout.ranges(window)
+        return ranges if self.n_text == self.layout.n_text else ranges.rows(self.text_begin, self.text_end)
 
 
 class Sequence(nn.Module):

@@ -72,9 +72,7 @@ def full_layers(options: KSAOptions) -> int:
 
 def own_projections(options: KSAOptions) -> int:
     """Layers whose summary tokens have projections of their own."""
-    if options.blend == 0 or options.summaries == 0:
-        return 0
-    return len(options.layers) - options.bypass_full * full_layers(options)
+    return sum(options.projects_summaries(kind) for kind in options.layers)
 
 
 def projections(options: KSAOptions) -> int:

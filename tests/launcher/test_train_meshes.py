@@ -1,4 +1,4 @@
-"""A run goes on under another mesh: ranks share experts, histories or layers, then one rank holds all; nothing shows."""
+"""A run goes on under another mesh: ranks share experts, histories or layers, then one holds all; nothing shows."""
 
 from dataclasses import replace
 

@@ -235,3 +235,15 @@ def test_parts_of_a_layout() -> None:
 def test_options_that_cannot_be(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KSAOptions(**wrong)
+
+
+@pytest.mark.parametrize("blend", [0.0, 1.0])
+def test_every_parameter_has_a_gradient_at_either_end_of_the_blend(blend: float) -> None:
+    """Of zero where it has no effect: ZeRO 3 keeps the last gradient of a parameter that gets none."""
+    module = stack(KSAOptions(width=16, heads=2, layers=("ksa", "full"), chunk=3, summaries=1, window=1))
+    for block in module.blocks:
+        block.attention.blend.fill_(blend)
+    all_rows(module, torch.randn(25, 16, dtype=torch.float64), [25]).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()) == (blend > 0 or ".attention.summary." not in name), name
