@@ -17,6 +17,8 @@ from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.job import PreparedData, build_model, set_numerics
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.train import loss_of_batch, train
+from onetrain.model.features import module_key
+from onetrain.model.lifelong import read_counts
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.options import ParallelOptions
 from onetrain.parallel.support import check_mix
@@ -75,20 +77,38 @@ def check_gradients(config: RunConfig) -> None:
     order = GlobalOrder(len(index), data.manifest.fingerprint, config.seed)
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     builder, size = data.builder(config), config.parallel.micro_batch_size or CHECKED_SAMPLES
-    problems, loss, weight = [], 0.0, 0.0
+    problems, longest, loss, weight = [], dict[str, int](), 0.0, 0.0
     for start in range(0, CHECKED_SAMPLES, size):
         numbers = order.sample_ids(start, min(size, CHECKED_SAMPLES - start))
         batch = builder.build([index[number] for number in numbers])
         loss_sum, batch_weight, _ = loss_of_batch(model, batch, torch.device("cpu"), distil=distil)
         (loss_sum / batch_weight).backward()
         loss, weight = loss + float(loss_sum.detach()), weight + float(batch_weight)
+        for name, events in batch.sequences.items():
+            longest[name] = max(longest.get(name, 0), int(events.length_B.max()))
         if all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in learning.values()):
             break
+    beyond = _summaries_out_of_reach(config, data, longest)
     for name, parameter in learning.items():
         if parameter.grad is None or not bool(parameter.grad.any()):
+            if name.startswith(beyond) and ".summary." in name:
+                continue
             problems.append(f"{name} receives no gradient")
         elif not bool(parameter.grad.isfinite().all()):
             problems.append(f"{name} receives a gradient that is not finite")
     if problems:
         raise ConfigError(f"Gradient check failed: {'; '.join(problems)}.")
-    print_message(f"gradient check: all {len(learning)} parameters receive finite gradients, loss {loss / weight:.4f}")
+    but = "; no history was longer than its window, so that its summary tokens were not tried" if beyond else ""
+    print_message(
+        f"gradient check: all {len(learning)} parameters receive finite gradients, loss {loss / weight:.4f}{but}"
+    )
+
+
+def _summaries_out_of_reach(config: RunConfig, data: PreparedData, longest: dict[str, int]) -> tuple[str, ...]:
+    """Names, as parameters begin with them, of lifelong pathways whose histories never left their windows."""
+    per_event = data.vocabulary(config).levels if config.model.flatten_codes else 1
+    return tuple(
+        f"context.pathways.{module_key(name)}."
+        for name, ksa in config.model.ksa.items()
+        if read_counts(longest[name] * per_event, ksa)[1] == 0
+    )

@@ -8,6 +8,7 @@ import torch
 
 from onetrain.data.features import AGE
 from onetrain.data.options import BatchOptions, PathwayOptions
+from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.features import feature_names
 from onetrain.model.ksa.kernels import kernel_for
 from onetrain.model.lifelong import read_counts
@@ -46,6 +47,16 @@ def stack_lines(model: ModelOptions, vocabulary: Vocabulary, device: torch.devic
             )
 
 
+def check_kernels(model: ModelOptions, device: torch.device) -> None:
+    """Raises ConfigError for a kernel that cannot train on this device."""
+    for name, ksa in model.ksa.items():
+        if kernel_for(ksa.kernel, device) == "flex" and device.type != "cuda":
+            raise ConfigError(
+                f"model.ksa.{name}.kernel is flex, and FlexAttention has no backward pass on a {device.type}: set it "
+                "to auto, or to blocked."
+            )
+
+
 def _aligned(name: str, batch: BatchOptions, model: ModelOptions, levels: int) -> PathwayOptions:
     options = batch.pathways[name]
     if options.align is not None or name not in model.ksa:
@@ -58,5 +69,4 @@ def _kernel(name: str, ksa: KSAOptions, device: torch.device) -> str:
     chosen = kernel_for(ksa.kernel, device)
     if ksa.kernel == "auto":
         return f"{KERNELS[chosen]}, for the device is {device.type} (model.ksa.{name}.kernel auto)"
-    slow = ", slow on this device" if chosen == "flex" and device.type != "cuda" else ""
-    return f"{KERNELS[chosen]}, which model.ksa.{name}.kernel names{slow}"
+    return f"{KERNELS[chosen]}, which model.ksa.{name}.kernel names"

@@ -25,7 +25,7 @@ from onetrain.launcher.environment import environment
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.evaluator import SUBSETS, Evaluator
 from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_numerics
-from onetrain.launcher.lifelong import stack_lines
+from onetrain.launcher.lifelong import check_kernels, stack_lines
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.resume import check_model, check_order, sample_order
@@ -51,6 +51,7 @@ def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = F
     ranks = process_group.start(config.parallel.collective_timeout_s)
     try:
         check_options(config.parallel, ranks.world_size, config.model)  # before data are read and a model is built
+        check_kernels(config.model, ranks.device)
         set_numerics(config)
         with _Run(config, ranks, overfit) as run:
             return run.train(min(config.train.steps, stop_after or config.train.steps))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onetrain.model.decoder import SidDecoder
+from onetrain.model.ksa.attention import attentions
 from onetrain.model.moe import routers
 from onetrain.parallel import (
     activation_checkpointing,
@@ -38,6 +39,7 @@ class Applied:
     experts_group: str | None = None  # DeepSpeed's name of the ranks that share experts
     deepspeed: dict[str, Any] = field(default_factory=dict)  # sections of its configuration
     biases: list[Tensor] = field(default_factory=list)  # of the routers, in fp32
+    blends: list[Tensor] = field(default_factory=list)  # of summary projections against the text's, in fp32
 
 
 def before_deepspeed(model: nn.Module, options: ParallelOptions, mesh: Mesh, timeout_s: float) -> Applied:
@@ -64,6 +66,7 @@ def before_deepspeed(model: nn.Module, options: ParallelOptions, mesh: Mesh, tim
         applied.experts_group = expert_parallel.group_name(mesh.expert_parallel)
         section = expert_parallel.deepspeed_section(decoder_of(model).options.moe, mesh.expert_parallel)
         applied.deepspeed["expert_parallel"] = section
+    applied.blends = [attention.blend.clone() for attention in attentions(model)]
     applied.biases = [router.e_score_correction_bias.clone() for router in routers(model)]
     return applied
 
@@ -81,8 +84,10 @@ def after_deepspeed(model: nn.Module, applied: Applied, timeout_s: float) -> Non
         process_groups += [groups._get_expert_data_parallel_group(applied.experts_group)]
     for process_group in process_groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), process_group)
+    # what DeepSpeed rounds to bf16 with the weights, in fp32 again: a bias takes small steps, a blend is as configured
+    for attention, blend in zip(attentions(model), applied.blends, strict=True):
+        attention.blend = blend.to(attention.blend.device)
     for router, bias_E in zip(routers(model), applied.biases, strict=True):
-        # fp32 also in a bf16 model, whose steps would swallow the bias's small ones
         experts, device = router.options.experts, router.e_score_correction_bias.device
         router.e_score_correction_bias = bias_E[:experts].to(device)
 

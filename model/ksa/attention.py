@@ -108,6 +108,11 @@ class KSAAttention(nn.Module):
         return Heads(rotate(heads.q_HNK, position_N, base), rotate(heads.k_GNK, position_N, base), heads.v_GNK)
 
 
+def attentions(module: nn.Module) -> list[KSAAttention]:
+    """Those of all layers inside `module`, in order."""
+    return [inner for inner in module.modules() if isinstance(inner, KSAAttention)]
+
+
 def own_chunk_attention(summary: Heads, text: KeyValue, chunk_text_ZC: Tensor, summaries: int) -> Tensor:
     """Summary tokens attend to the text of their chunk and to its summaries up to themselves; (H, R, K)."""
     groups, width = text.key_BGNK.shape[0], text.key_BGNK.shape[-1]

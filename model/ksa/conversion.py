@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from onetrain.model.decoder import Predictions, SidDecoder
 from onetrain.model.inputs import Context, Targets
-from onetrain.model.ksa.attention import KSAAttention
+from onetrain.model.ksa.attention import attentions
 from onetrain.model.ksa.part import Part, Sequence
 from onetrain.model.ksa.stack import KSAStack
 from onetrain.model.loss import LossParts, training_loss
@@ -39,7 +39,7 @@ def freeze_all_but_summaries(model: nn.Module) -> None:
     """Leaves gradients to summary embeddings and summary projections alone; routers keep their balance as it is."""
     model.requires_grad_(False)
     for stack in converted_stacks(model):
-        for module in (stack.summary, *(attention.summary for attention in _attentions(stack))):
+        for module in (stack.summary, *(attention.summary for attention in attentions(stack))):
             if module is not None:
                 module.requires_grad_(True)
     for router in routers(model):
@@ -49,7 +49,7 @@ def freeze_all_but_summaries(model: nn.Module) -> None:
 def set_blend(model: nn.Module, value: float) -> None:
     """Sets the weight of all summary projections against the text's; in fp32 also in a bf16 model."""
     for stack in converted_stacks(model):
-        for attention in _attentions(stack):
+        for attention in attentions(stack):
             if attention.summary is not None:
                 attention.blend = torch.tensor(value, dtype=torch.float32, device=attention.blend.device)
 
@@ -60,7 +60,7 @@ def full_attention(model: nn.Module) -> Iterator[None]:
     tokens, and the decoder reads the last window of each history alone.
     """
     before = [(stack, stack.options) for stack in converted_stacks(model)]
-    layers = [(attention, attention.full) for stack, _ in before for attention in _attentions(stack)]
+    layers = [(attention, attention.full) for stack, _ in before for attention in attentions(stack)]
     try:
         for stack, options in before:
             kinds: list[Literal["ksa", "full"]] = ["full"] * len(options.layers)
@@ -168,7 +168,7 @@ def _attention_outputs(model: nn.Module) -> Iterator[Outputs]:
     handles = [
         attention.register_forward_hook(keep)
         for stack in converted_stacks(model)
-        for attention in _attentions(stack)
+        for attention in attentions(stack)
         if not attention.full
     ]
     try:
@@ -176,7 +176,3 @@ def _attention_outputs(model: nn.Module) -> Iterator[Outputs]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _attentions(stack: KSAStack) -> list[KSAAttention]:
-    return [module for module in stack.modules() if isinstance(module, KSAAttention)]

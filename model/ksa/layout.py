@@ -26,7 +26,7 @@ class Ranges:
     text_end_T: Tensor
     summary_begin_T: Tensor
     summary_end_T: Tensor
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # what kernels make of them, for all layers alike
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what kernels make of them, once
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,8 +13,9 @@ from onetrain.data.samples import SampleIndex
 from onetrain.data.stream import Step
 from onetrain.launcher.config import load_config
 from onetrain.launcher.debug import check_gradients
+from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.job import PreparedData, build_model, model_inputs
-from onetrain.launcher.lifelong import aligned, events_per_chunk, stack_lines
+from onetrain.launcher.lifelong import aligned, check_kernels, events_per_chunk, stack_lines
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.plan import make_plan
 from onetrain.launcher.plan_tables import plan_tables
@@ -84,7 +85,7 @@ def test_a_run_says_what_reads_its_histories():
     assert "kernel: FlexAttention, for the device is cuda" in line
     named = replace(model, ksa={"long": KSAOptions(kernel="flex")}, features=("sid", "age"))
     first, second = stack_lines(named, vocabulary, CPU)
-    assert "FlexAttention, which model.ksa.long.kernel names, slow on this device" in first
+    assert "FlexAttention, which model.ksa.long.kernel names" in first
     assert "the feature age" in second
     assert list(stack_lines(ModelOptions(), vocabulary, CPU)) == []
 
@@ -165,3 +166,19 @@ def test_the_flops_of_full_histories_scale_nearly_with_their_length():
     ksa = {name: make_plan(load_config(LIFELONG / f"{name}.yaml")).flops_by_part["ksa"] for name in STACKS}
     assert 5 < ksa["10k"] / ksa["2k"] < 12
     assert 9 < ksa["100k"] / ksa["10k"] < 12
+
+
+def test_a_kernel_that_cannot_train_here_is_refused_first():
+    model = ModelOptions(ksa={"long": KSAOptions(kernel="flex")})
+    check_kernels(model, GPU)
+    with pytest.raises(ConfigError, match=r"model.ksa.long.kernel is flex, .* set it to auto"):
+        check_kernels(model, CPU)
+
+
+def test_histories_within_their_window_are_no_failed_gradient_check(lifelong, capfd):
+    """Summary tokens that no history needs get no gradient, and the check says so."""
+    wide = changed(lifelong, model__ksa={"long": replace(SMALL, window=100)})
+    check_gradients(wide)
+    assert "no history was longer than its window" in "".join(capfd.readouterr())
+    check_gradients(lifelong)
+    assert "no history was longer" not in "".join(capfd.readouterr())
