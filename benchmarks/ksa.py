@@ -59,8 +59,7 @@ def arm(name: str, length: int, chunk: int, options: argparse.Namespace) -> Call
     text = heads(length)
     leaves = text
     if name == "ksa":
-        layout = Layout.of([length], chunk, options.summaries, options.device)
-        summary = heads(layout.n_summaries)
+        summary = heads(length // chunk * options.summaries)
         leaves = text + summary
 
     def forward() -> list[Tensor]:
@@ -69,6 +68,7 @@ def arm(name: str, length: int, chunk: int, options: argparse.Namespace) -> Call
         if name == "sliding":
             return [sliding(*text, window)]
         kv, old = KeyValue(*text[1:]), Heads(*summary)
+        layout = Layout.of([length], chunk, options.summaries, options.device)  # a batch makes it once, for all layers
         own = own_chunk_attention(old, kv, layout.chunk_text_ZC, options.summaries)
         return [attention(text[0], kv, old.kv, layout.ranges(window // chunk)), own]
 

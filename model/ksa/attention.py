@@ -115,18 +115,25 @@ def attentions(module: nn.Module) -> list[KSAAttention]:
 
 def own_chunk_attention(summary: Heads, text: KeyValue, chunk_text_ZC: Tensor, summaries: int) -> Tensor:
     """Summary tokens attend to the text of their chunk and to its summaries up to themselves; (H, R, K)."""
-    groups, width = text.key_BGNK.shape[0], text.key_BGNK.shape[-1]
-    q_GZXK = wide(summary.q_HNK).unflatten(0, (groups, -1)).unflatten(2, (-1, summaries))  # (G, F, Z, S, K)
-    q_GZXK = q_GZXK.transpose(1, 2).flatten(2, 3)  # X = F * S
-    key_GZYK, value_GZYK = (
-        torch.cat((wide(of_text)[:, chunk_text_ZC], wide(of_summary).unflatten(1, (-1, summaries))), dim=2)
-        for of_text, of_summary in zip(text, summary.kv, strict=True)
-    )  # Y = C + S
-    score_GZXY = q_GZXK @ key_GZYK.transpose(-1, -2) / math.sqrt(width)
+    groups, width, chunk = text.key_BGNK.shape[0], text.key_BGNK.shape[-1], chunk_text_ZC.shape[1]
+    q_GFZSK = wide(summary.q_HNK).unflatten(0, (groups, -1)).unflatten(2, (-1, summaries))
+    q_GZXK = q_GFZSK.transpose(1, 2).flatten(2, 3) / math.sqrt(width)  # X = F * S
+    key_GZCK, value_GZCK = (_chunks(wide(x_GTK), chunk_text_ZC) for x_GTK in text)
+    key_GZSK, value_GZSK = (wide(x_GRK).unflatten(1, (-1, summaries)) for x_GRK in summary.kv)
+    own_GZXS = q_GZXK @ key_GZSK.transpose(-1, -2)
     if summaries > 1:
-        later_SS = torch.ones(summaries, summaries, dtype=torch.bool, device=score_GZXY.device).triu(1)
-        later_SY = torch.cat((later_SS.new_zeros(summaries, chunk_text_ZC.shape[1]), later_SS), dim=1)
-        score_GZXY = score_GZXY.masked_fill(later_SY.repeat(score_GZXY.shape[2] // summaries, 1), -math.inf)
-    y_GZXK = score_GZXY.softmax(-1) @ value_GZYK
+        later_SS = torch.ones(summaries, summaries, dtype=torch.bool, device=own_GZXS.device).triu(1)
+        own_GZXS = own_GZXS.masked_fill(later_SS.repeat(own_GZXS.shape[2] // summaries, 1), -math.inf)
+    weight_GZXY = torch.cat((q_GZXK @ key_GZCK.transpose(-1, -2), own_GZXS), dim=-1).softmax(-1)  # Y = C + S
+    y_GZXK = weight_GZXY[..., :chunk] @ value_GZCK + weight_GZXY[..., chunk:] @ value_GZSK
     y_GFZSK = y_GZXK.unflatten(2, (-1, summaries)).transpose(1, 2)
     return y_GFZSK.flatten(2, 3).flatten(0, 1).to(summary.q_HNK.dtype)
+
+
+def _chunks(x_GTK: Tensor, chunk_text_ZC: Tensor) -> Tensor:
+    """The rows of every chunk (G, Z, C, K): a view where they lie together, as those of one history do."""
+    if x_GTK.device.type == "cpu" and len(chunk_text_ZC):  # elsewhere looking would wait for the device
+        first, last = int(chunk_text_ZC[0, 0]), int(chunk_text_ZC[-1, -1])
+        if last - first + 1 == chunk_text_ZC.numel():
+            return x_GTK[:, first : last + 1].unflatten(1, chunk_text_ZC.shape)
+    return x_GTK.index_select(1, chunk_text_ZC.flatten()).unflatten(1, chunk_text_ZC.shape)
