@@ -23,6 +23,7 @@ from onetrain.model.loss import cross_entropies
 from onetrain.parallel import checkpoint as checkpoints
 
 FOLDER = Path("configs/simulator/lifelong")
+CHUNK = 8  # of model.ksa.lifelong in all files of FOLDER
 EVALUATED = 8  # requests of a forward
 
 
@@ -32,11 +33,17 @@ class Outcome:
 
     hit_LM: np.ndarray
     distance_M: np.ndarray  # events from the deciding event to the request
+    alone_M: np.ndarray  # bool: no other deciding event lies in the same chunk of CHUNK events
 
     @property
     def accuracy(self) -> list[float]:
         """Of every level."""
         return [float(hit_M.mean()) for hit_M in self.hit_LM]
+
+    def shared(self, alone: bool) -> float | None:
+        """Accuracy of level 1 where the deciding event is (or is not) alone in its chunk; None without such targets."""
+        of = self.alone_M == alone
+        return float(self.hit_LM[1][of].mean()) if of.any() else None
 
     def by_distance(self, edges: Sequence[float]) -> list[tuple[float, float]]:
         """(geometric middle of the bin, accuracy of level 1) of every bin that holds a target."""
@@ -98,18 +105,21 @@ def outcome(trained: RunConfig, config: RunConfig, split: Split = "test") -> Out
     checkpoints.load_weights(model, folder)
     model.eval()
     builder, index = data.builder(config), SampleIndex(data.reader, split, config.batch)
-    hits, distances = [], []
+    hits, places = [], []
     for start in range(0, len(index), EVALUATED):
         samples = [index[number] for number in range(start, min(start + EVALUATED, len(index)))]
         context, targets = model_inputs(builder.build(samples), torch.device("cpu"))
         hits.append(cross_entropies(model(context, targets))[1].numpy())
-        distances += [_distances(sample, data) for sample in samples]
-    return Outcome(np.concatenate(hits, axis=1), np.concatenate(distances))
+        places += [_deciding(sample, data) for sample in samples]
+    distance_M, alone_M = (np.concatenate(parts) for parts in zip(*places, strict=True))
+    return Outcome(np.concatenate(hits, axis=1), distance_M, alone_M)
 
 
-def _distances(sample: Sample, data: PreparedData) -> np.ndarray:
-    """Of every target of a request, from the `buy` of its theme."""
+def _deciding(sample: Sample, data: PreparedData) -> tuple[np.ndarray, np.ndarray]:
+    """Of every target of a request: the distance of the `buy` of its theme, and whether that is alone in its chunk."""
     theme = data.sids.codes_IL[sample.user.item, 0]
     bought = np.flatnonzero(sample.user.behaviour == data.manifest.behaviours.index(BEHAVIOURS[BUY]))
     place = {theme[event]: event for event in bought}
-    return np.array([sample.end - place[theme[target]] for target in sample.requests[0].targets])
+    own = np.array([place[theme[target]] for target in sample.requests[0].targets])
+    of_chunk = np.bincount((bought - sample.start) // CHUNK)
+    return sample.end - own, of_chunk[(own - sample.start) // CHUNK] == 1

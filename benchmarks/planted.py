@@ -45,6 +45,8 @@ def run_arm(arm: str, seed: int) -> dict:
         "young": of_young.accuracy[1],
         "old_untrained": before.accuracy[1],
         "old": after.accuracy[1],
+        "alone_in_chunk": {"young": of_young.shared(True), "old": after.shared(True)},
+        "beside_another": {"young": of_young.shared(False), "old": after.shared(False)},
         "by_distance": [*of_young.by_distance(EDGES[0]), *after.by_distance(EDGES[1])],
         "curve_young": curve(young),
         "curve_old": curve(old),
