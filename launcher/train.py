@@ -161,7 +161,9 @@ class _Run:
             )
         elif self.config.train.warm_start is not None:
             source = Path(self.config.train.warm_start)
-            self.data.check_sids(checkpoints.read_state(source), source)
+            state = checkpoints.read_state(source)
+            self.data.check_sids(state, source)
+            conversion.check_source(self.config, state["config"])
             differences = checkpoints.start_from(self.engine, source).describe()
             self._say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
 

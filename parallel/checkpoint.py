@@ -27,6 +27,7 @@ from onetrain.parallel.process_group import raise_together
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 HASH_CHUNK = 1 << 24
+BLEND_TOLERANCE = 1e-6  # fp32 rounding
 SAME = Bridge()  # the checkpoint has the weights of the model
 
 
@@ -180,6 +181,7 @@ def _checked(engine: Engine, folder: Path, bridged: bool = False) -> tuple[dict[
         ours = canonical_shapes(engine)
         if bridged:
             across = _bridge(folder, {*ours, *_persistent_buffers(engine.module)})
+            _check_blends(folder, engine.module)
         _check_shapes(folder, ours, engine.module, across)
     except ParallelError as failure:
         error = str(failure)
@@ -225,6 +227,20 @@ def _bridge(folder: Path, ours: set[str]) -> Bridge:
             "anneal, with train.steps above conversion.anneal_to), or set blend to 1."
         )
     return across
+
+
+def _check_blends(folder: Path, module: nn.Module) -> None:
+    """What the configuration says of projections that both have, the checkpoint must say too: it would win silently."""
+    ours = {name: float(value) for name, value in _persistent_buffers(module).items() if name.endswith(".blend")}
+    with safe_open(folder / MODEL, "pt") as file:
+        names = set(file.keys()) & set(ours)
+        saved = {name: float(file.get_tensor(name)) for name in names}
+    for name in sorted(names):
+        if abs(saved[name] - ours[name]) > BLEND_TOLERANCE:
+            raise ParallelError(
+                f"Checkpoint {folder} has {name} {saved[name]:g}, and this model starts with {ours[name]:g}: set the "
+                f"pathway's blend in model.ksa to {saved[name]:g}, or start from a checkpoint of that blend."
+            )
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

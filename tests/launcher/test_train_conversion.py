@@ -148,6 +148,17 @@ def test_tuning_without_distilling_starts_from_full_attention(stages, capsys):
         train(back)
 
 
+def test_a_checkpoint_says_what_the_configuration_says(stages):
+    """Projections that were annealed away are not taken up again, and the teacher had full attention."""
+    annealed = str(checkpoint(stages["anneal"], STEPS))
+    again = changed(stages["anneal"], name="again", train__warm_start=annealed)
+    with pytest.raises(ParallelError, match=r"blend 0, and this model starts with 1: set the pathway's blend"):
+        train(again)
+    taught = changed(stages["distil"], name="taught", train__warm_start=annealed)
+    with pytest.raises(ConfigError, match=r"learns from the network with full attention.* has the layers ksa, "):
+        train(taught)
+
+
 def test_debug_checks_the_gradients_of_what_learns(stages, capsys):
     debug(changed(stages["distil"], name="debugged"), steps=1, overfit=False)
     assert "gradient check: all 7 parameters" in capsys.readouterr().err

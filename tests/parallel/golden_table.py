@@ -10,12 +10,14 @@ BOUND = 1e-5  # relative, of loss and gradient norm at every step
 TIMEOUT_S = 900
 
 
-def table(only: Sequence[str] | None = None) -> list[Row]:
-    """Every run (or those named) with every optimizer; each world size starts its ranks once."""
+def table(only: Sequence[str] | None = None, every_model: bool = True) -> list[Row]:
+    """Every run (or those named) with every optimizer and of every model (or its last one alone); each world size starts
+    its ranks once.
+    """
     asked = [
         (run, model, optimizer)
         for run in runs()
-        for model in run.models
+        for model in (run.models if every_model else run.models[-1:])
         for optimizer in OPTIMIZERS
         if not only or run.name in only
     ]

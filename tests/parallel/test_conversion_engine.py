@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 from conversion_cases import FULL, INPUTS, converted, inputs, new_model, rows_of
 
 from onetrain.model.ksa.conversion import distillation_loss, freeze_all_but_summaries, set_blend
-from onetrain.model.loss import LossParts
+from onetrain.model.loss import LossParts, training_loss
 from onetrain.model.options import ConversionOptions
 from onetrain.parallel import activation_checkpointing
 from onetrain.parallel.checkpoint import load, save, start_from
@@ -223,3 +223,28 @@ def strict(ranks: Ranks, folder: Path) -> None:
 def test_all_else_is_as_strict_as_before(pool: WorkerPool, tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match=r"does not fit the model: context.*ffn.*has shape"):
         pool.run(strict, tmp_path)
+
+
+def norms_of_an_anneal(ranks: Ranks) -> dict[int, list[float]]:
+    """Gradient norms of steps in which the summary projections lose all weight, by ZeRO stage."""
+    norms = {}
+    for stage in (0, 3):
+        engine = Engine(new_model(), replace(PARALLEL, zero_stage=stage), OPTIMIZER, ranks, 10)
+        half = slice(4 * ranks.rank, 4 * ranks.rank + 4)
+        norms[stage] = []
+        for step, blend in enumerate((1.0, 1.0, 0.0, 0.0, 0.0)):
+            set_blend(engine.module, blend)
+            mine = rows_of(global_batch(step), half)
+            parts = [rows_of(mine, slice(0, 2)), rows_of(mine, slice(2, 4))]
+            result = engine.train_step(
+                parts, lambda module, batch: training_loss(module(*batch), module.options), weight_fn
+            )
+            norms[stage].append(result.grad_norm)
+        engine.close()
+    return norms
+
+
+def test_projections_without_weight_have_no_part_in_the_norm(pool: WorkerPool) -> None:
+    """ZeRO 3 would keep the last gradient of a parameter that gets none."""
+    norms = pool.run(norms_of_an_anneal)[0]
+    assert norms[3] == pytest.approx(norms[0], rel=2e-5)
