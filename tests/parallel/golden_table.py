@@ -11,8 +11,9 @@ TIMEOUT_S = 900
 
 
 def table(only: Sequence[str] | None = None, every_model: bool = True) -> list[Row]:
-    """Every run (or those named) with every optimizer and of every model (or its last one alone); each world size starts
-    its ranks once.
+    """Every run (or those named) with every optimizer, of every model or of its last one alone.
+
+    Each world size starts its ranks once.
     """
     asked = [
         (run, model, optimizer)
