@@ -12,13 +12,14 @@ the peak resident set (CPU, a fresh process for each) or of the peak allocation 
 
     python benchmarks/ksa.py [--device cpu] [--precision fp32] [--threads 2] [--rounds 3] [--chunk 8 32]
                              [--lengths 1024 2048 4096 8192 16384 32768] [--heads 4] [--head-width 64]
+                             [--parts attention decoding]
 
-Writes runs/benchmarks/ksa.json with versions and machine, and prints the tables: attention, growth, decoding.
+Writes runs/benchmarks/ksa.json and ksa_decoding.json with versions and machine, and prints the tables: attention,
+growth, decoding. On two CPU cores it takes a quarter of an hour.
 """
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import subprocess
@@ -213,29 +214,9 @@ def decoding(options: argparse.Namespace) -> list[dict]:
     return records
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--chunk", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--summaries", type=int, default=1)
-    parser.add_argument("--window-tokens", type=int, default=1024, help="W * C, the same for every chunk size")
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-width", type=int, default=64)
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ksa.json"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        name, length, chunk = options.peak
-        print_peak(name, int(length), int(chunk), options)
-        return
-    speed = product_speed(options)
-    records = []
+def print_attention(options: argparse.Namespace) -> None:
+    """Time, memory and growth of all arms at all lengths."""
+    speed, records = product_speed(options), []
     for chunk in options.chunk:
         for length in options.lengths:
             print_message(f"chunk {chunk}, {length} tokens")
@@ -250,11 +231,40 @@ def main() -> None:
     )
     exponents = growth(records)
     print_table("growth: exponent of length", ["chunk", "lengths", "pairs", "ksa ms", "causal ms", "ksa MB"], exponents)
-    appended = decoding(options)
-    rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.values()] for record in appended]
-    print_table("appending one event, width as above", [name.replace("_", " ") for name in appended[0]], rows)
-    summary = json.loads(options.out.read_text())
-    options.out.write_text(json.dumps(summary | {"decoding": appended}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--chunk", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--summaries", type=int, default=1)
+    parser.add_argument("--window-tokens", type=int, default=1024, help="W * C, the same for every chunk size")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-width", type=int, default=64)
+    parser.add_argument("--parts", nargs="+", choices=("attention", "decoding"), default=["attention", "decoding"])
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ksa.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        name, length, chunk = options.peak
+        print_peak(name, int(length), int(chunk), options)
+        return
+    if "attention" in options.parts:
+        print_attention(options)
+    if "decoding" in options.parts:
+        print_message("appending events")
+        where = options.out.with_name(f"{options.out.stem}_decoding.json")
+        report(
+            "appending one event, width as above",
+            decoding(options),
+            argparse.Namespace(**vars(options) | {"out": where}),
+        )
 
 
 if __name__ == "__main__":
