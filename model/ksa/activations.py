@@ -95,10 +95,17 @@ class StackBytes:
         return options.qk_norm * rows * norms + (work.text + work.summaries) * angles
 
     def _own_chunks(self, work: StackWork) -> float:
-        """Of the attention of summary rows: queries, gathered keys and values, probabilities, row numbers."""
+        """Of the attention of summary rows: queries, gathered keys and values, probabilities, row numbers.
+
+        In fp32 the summaries' own keys are those that the attention of text rows keeps; values of several groups lie
+        head by head in neither.
+        """
         options = self.options
         if options.summaries == 0:
             return 0.0
         chunks, keys = work.summaries / options.summaries, options.chunk + options.summaries
         scores = work.summaries * (options.width + options.heads * keys)
-        return (scores + chunks * keys * 2 * self._kv_width) * WIDE_BYTES + chunks * options.chunk * ID_BYTES
+        copied: float = keys
+        if self.element == WIDE_BYTES:
+            copied = options.chunk + (options.summaries / 2 if options.groups > 1 else 0)
+        return (scores + chunks * copied * 2 * self._kv_width) * WIDE_BYTES + chunks * options.chunk * ID_BYTES
