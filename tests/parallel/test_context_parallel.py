@@ -265,7 +265,7 @@ def test_parts_are_whole_chunks_near_equal_shares_and_take_what_they_see(name: s
                 if part.text_begin <= row < part.text_end
             }
             assert own == set(range(part.summary_begin, part.summary_end))
-            bounds = torch.stack(part.ranges(window)).T.tolist()
+            bounds = torch.stack(part.ranges(window).bounds).T.tolist()
             assert set(needed.text) == {key for begin, end, _, _ in bounds for key in range(begin, end)}
             seen = {key for _, _, begin, end in bounds for key in range(begin, end)}
             assert set(needed.summary) >= seen
