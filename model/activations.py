@@ -12,14 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from onetrain.model.flops import target_tokens
-from onetrain.model.ksa.activations import StackBytes
+from onetrain.model.ksa.activations import ID_BYTES, WIDE_BYTES, StackBytes
 from onetrain.model.ksa.sizes import StackWork, stack_work
 from onetrain.model.lifelong import read_counts
 from onetrain.model.options import ModelOptions, QueryFormerOptions, Vocabulary
 from onetrain.model.parameter_counts import event_width, item_tokens, projected_width, stacks, time_width
-
-ID_BYTES = 8
-WIDE_BYTES = 4  # of probabilities, routing scores and softmax statistics, at any precision
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,8 @@ class Engine:
 
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on CPU, for inference only
-        keeps = (
-            parallel_options.precision == "bf16" and ranks.is_main
-        )  # DeepSpeed casts what no optimizer has a master of
+        # DeepSpeed casts weights that no optimizer has a master of
+        keeps = parallel_options.precision == "bf16" and ranks.is_main
         frozen = {name: p for name, p in model.named_parameters() if keeps and not p.requires_grad}
         self.frozen_values = {name: p.detach().float().cpu().clone() for name, p in frozen.items()}
         model.to(ranks.device)

@@ -16,7 +16,7 @@ from onetrain.model.ksa.sizes import StackWork
 from onetrain.model.options import KSAOptions
 
 ID_BYTES = 8
-WIDE_BYTES = 4
+WIDE_BYTES = 4  # of probabilities, routing scores and softmax statistics, at any precision
 
 
 @dataclass(frozen=True)

@@ -120,10 +120,10 @@ def runs() -> list[Run]:
     return found
 
 
-def new_model(options: ModelOptions) -> SidDecoder:
+def new_model(options: ModelOptions, vocabulary: Vocabulary = VOCABULARY) -> SidDecoder:
     """Weights far from their initial values, so that gradients are large and clipping is active."""
     torch.manual_seed(0)
-    model = build(options, VOCABULARY)
+    model = build(options, vocabulary)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

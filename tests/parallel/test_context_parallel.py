@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onetrain.model.build import build
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.inputs import Context, Events
 from onetrain.model.ksa.conversion import distillation_loss, freeze_all_but_summaries
@@ -157,13 +156,7 @@ RUNS = [
 
 
 def new_model(options: ModelOptions) -> SidDecoder:
-    torch.manual_seed(0)
-    model = build(options, VOCABULARY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
-    return model
+    return golden.new_model(options, VOCABULARY)
 
 
 def global_batch(step: int) -> golden.Batch:
