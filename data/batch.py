@@ -3,7 +3,6 @@
 Legend: B samples, N events of a pathway, T target slots, L SID levels, I items, E real events of a batch, flat.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onetrain.data.errors import DataError
-from onetrain.data.features import AGE, DAY_MS, EventRows, FeatureBuilder, FeatureNames, check_features
+from onetrain.data.event_rows import EventRows, ramp
+from onetrain.data.features import AGE, DAY_MS, FeatureBuilder, FeatureNames, check_features
 from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import BatchOptions
 from onetrain.data.pathways import Pathway
-from onetrain.data.samples import Sample
+from onetrain.data.samples import SampleRows
+from onetrain.data.shards import Histories
 from onetrain.data.sids import SidMap
+
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,23 @@ class Batch:
         return len(self.weight_BT)
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        groups = [self.user, self.request, self.target_features]
+        tensors = [tensor for group in groups for tensor in group.values()]
+        tensors += [
+            self.target_item_BT,
+            self.target_sid_BTL,
+            self.end_BT,
+            self.weight_BT,
+            self.new_day_BT,
+            self.log_q_BT,
+        ]
+        for events in self.sequences.values():
+            tensors += [events.sid_BNL, events.index_BN, events.length_B, *events.features.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
     def n_events(self) -> dict[str, int]:
         """Real events of each pathway."""
         return {name: int(events.length_B.sum()) for name, events in self.sequences.items()}
@@ -71,6 +91,7 @@ class BatchBuilder:
     def __init__(
         self, sids: SidMap, manifest: Manifest, items: ItemTable, options: BatchOptions, features: FeatureNames
     ) -> None:
+        self.options = options
         self.codes_IL = sids.codes_IL
         self.log_share_I = items.log_share_I
         self.names = check_features(features, manifest, items)
@@ -83,28 +104,27 @@ class BatchBuilder:
         self.pathways = {
             name: Pathway(name, pathway, options.max_context, manifest) for name, pathway in options.pathways.items()
         }
+        targets = options.target_behaviours
+        self.is_target = np.isin(manifest.behaviours, targets) if targets else None
         self.behaviour_weight = np.array(
             [options.behaviour_weights.get(name, 1.0) for name in manifest.behaviours], dtype=np.float32
         )
 
-    def build(self, samples: Sequence[Sample]) -> Batch:
-        """One row per sample; N and T are the largest of the batch."""
-        events = [[event for request in sample.requests for event in request.targets] for sample in samples]
-        ends = [[request.context_end for request in sample.requests for _ in request.targets] for sample in samples]
-        targets = EventRows(samples, [np.array(row) for row in events])
-        before = EventRows(samples, [np.maximum(np.array(row) - 1, 0) for row in ends])
-        start_B = np.array([sample.start for sample in samples], dtype=np.int64)
+    def build(self, rows: SampleRows) -> Batch:
+        """One row per sample, at least one sample; N and T are the largest of the batch."""
+        histories = rows.histories()
+        targets, end_E = self._targets(rows, histories)
         item, pad = targets.column("item"), _Padding(targets.length_B)
-        day, day_before = (rows.column("timestamp_ms") // DAY_MS for rows in (targets, before))
+        day, day_before = (
+            targets.column("timestamp_ms") // DAY_MS,
+            self._before(rows, histories, targets, end_E) // DAY_MS,
+        )
         return Batch(
-            sequences={
-                name: self._sequence(EventRows(samples, [pathway.events(sample) for sample in samples]), start_B)
-                for name, pathway in self.pathways.items()
-            },
-            user={name: torch.from_numpy(self.features.of_users(name, samples)) for name in self.names.user},
+            sequences={name: self._sequence(pathway, rows, histories) for name, pathway in self.pathways.items()},
+            user={name: torch.from_numpy(self.features.of_users(name, histories)) for name in self.names.user},
             target_item_BT=pad(item.astype(np.int64)),
             target_sid_BTL=pad(self.codes_IL[item]),
-            end_BT=pad(np.concatenate(ends) - targets.of_row(start_B)),
+            end_BT=pad(end_E - targets.of_row(rows.start_B)),
             weight_BT=pad(self.behaviour_weight[targets.column("behaviour")]),
             new_day_BT=pad(day > day_before),
             request={name: pad(self.features.of_events(name, targets)) for name in self.names.request},
@@ -112,23 +132,59 @@ class BatchBuilder:
             log_q_BT=pad(self.log_share_I[item]),
         )
 
-    def _sequence(self, rows: EventRows, start_B: NDArray[np.int64]) -> EventColumns:
-        pad = _Padding(rows.length_B)
-        return EventColumns(
-            sid_BNL=pad(self.codes_IL[rows.column("item")]),
-            index_BN=pad(np.concatenate(rows.events) - rows.of_row(start_B)),
-            length_B=torch.from_numpy(rows.length_B),
-            features={name: pad(self.features.of_events(name, rows)) for name in self.names.events},
+    def _targets(self, rows: SampleRows, histories: Histories) -> tuple[EventRows, Ids]:
+        """Targets of every sample, and the end of each one's context."""
+        chosen_R = None
+        if self.is_target is not None:
+            chosen_R = self.is_target[histories.events("behaviour", rows.first_B, rows.stop_B)]
+        targets = EventRows(histories, rows.first_B, rows.stop_B, chosen_R)
+        if self.options.share_context == "request":
+            return targets, targets.of_row(rows.end_B)
+        if self.options.request_by == "event":
+            return targets, targets.place_E
+        moments = EventRows(histories, rows.start_B, rows.stop_B)  # a request's context ends where its moment begins
+        time_E, place_E = moments.column("timestamp_ms"), moments.place_E
+        new_E = (np.diff(time_E, prepend=0) != 0) | (place_E == moments.of_row(rows.start_B))
+        begins_E = place_E[np.maximum.accumulate(np.where(new_E, np.arange(len(new_E)), 0))]
+        return targets, begins_E[_find(moments, targets.place_E - targets.of_row(rows.start_B), targets)]
+
+    def _before(self, rows: SampleRows, histories: Histories, targets: EventRows, end_E: Ids) -> Ids:
+        """Times of the last event before each target's request, or of the first event where there is none."""
+        if self.options.share_context == "request":
+            last_B = np.maximum(rows.end_B - 1, 0)
+            return targets.of_row(histories.events("timestamp_ms", last_B, last_B + 1))
+        begin_B = np.maximum(rows.start_B - 1, 0)
+        window = EventRows(histories, begin_B, rows.stop_B)
+        offset_E = np.maximum(end_E - 1, 0) - targets.of_row(begin_B)
+        return window.column("timestamp_ms")[_find(window, offset_E, targets)]
+
+    def _sequence(self, pathway: Pathway, rows: SampleRows, histories: Histories) -> EventColumns:
+        moment_B = (
+            histories.events("timestamp_ms", rows.first_B, rows.first_B + 1) if AGE in self.names.events else None
         )
+        events = pathway.events(rows, histories)
+        pad = _Padding(events.length_B)
+        return EventColumns(
+            sid_BNL=pad(self.codes_IL[events.column("item")]),
+            index_BN=pad(events.place_E - events.of_row(rows.start_B)),
+            length_B=torch.from_numpy(events.length_B),
+            features={name: pad(self.features.of_events(name, events, moment_B)) for name in self.names.events},
+        )
+
+
+def _find(rows: EventRows, offset_E: Ids, targets: EventRows) -> Ids:
+    """Places in the flat `rows` of the events that lie so far behind the beginning of their target's row."""
+    return offset_E + targets.of_row(np.cumsum(rows.length_B) - rows.length_B)
 
 
 class _Padding:
     """Puts flat values (E, ...) into rows (B, N, ...) of these lengths, zeros behind."""
 
-    def __init__(self, length_B: NDArray[np.int64]) -> None:
-        self.real_BN = np.arange(max(1, length_B.max(initial=0))) < length_B[:, None]
+    def __init__(self, length_B: Ids) -> None:
+        self.shape = len(length_B), max(1, int(length_B.max(initial=0)))
+        self._place_E = ramp(length_B) + np.repeat(np.arange(len(length_B)) * self.shape[1], length_B)
 
     def __call__(self, values: NDArray) -> Tensor:
-        out = np.zeros(self.real_BN.shape + values.shape[1:], dtype=values.dtype)
-        out[self.real_BN] = values
-        return torch.from_numpy(out)
+        out = np.zeros((self.shape[0] * self.shape[1], *values.shape[1:]), dtype=values.dtype)
+        out[self._place_E] = values
+        return torch.from_numpy(out.reshape(*self.shape, *values.shape[1:]))

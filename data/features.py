@@ -3,19 +3,19 @@
 Legend: B samples, E events of a batch one after another, I items.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
+from onetrain.data.event_rows import EventRows
 from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
-from onetrain.data.samples import Sample
-from onetrain.data.schema import REQUEST_FEATURES, extra_column, nearest
+from onetrain.data.schema import REQUEST_FEATURES, extra_column, nearest, user_column
+from onetrain.data.shards import Histories
 
 SID = "sid"  # in lists of features, but never among a batch's ids: the codes come by themselves
 USER = "user"
@@ -35,8 +35,7 @@ FIXED_SIZES = {  # number of ids of the features that are the same for all data
 }
 SECOND_MS, HOUR_MS, DAY_MS = 1000, 3_600_000, 86_400_000
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday
-# number bucket k above the middle begins at 2 ** (k / 2) - 1
-_EDGES = 2.0 ** (np.arange(1, NUMBER_BUCKETS // 2) / 2) - 1
+_LAST_EDGE = 2.0 ** (NUMBER_BUCKETS // 4)  # beyond the beginning of the last number bucket
 
 Ids = NDArray[np.int64]
 
@@ -51,26 +50,6 @@ class FeatureNames:
     items: tuple[str, ...] = ()  # of each target item
 
 
-class EventRows:
-    """Chosen events of every sample of a batch, flat, row after row."""
-
-    def __init__(self, samples: Sequence[Sample], events: Sequence[Ids]) -> None:
-        self.samples, self.events = samples, events
-        self.length_B = np.fromiter(map(len, events), np.int64, len(events))
-
-    def column(self, name: str) -> NDArray:
-        """(E,) values of one array of the user sequence."""
-        return self.gather([getattr(sample.user, name) for sample in self.samples])
-
-    def gather(self, arrays: Iterable[NDArray]) -> NDArray:
-        """(E,) values of arrays over each sample's whole history."""
-        return np.concatenate([array[chosen] for array, chosen in zip(arrays, self.events, strict=True)])
-
-    def of_row(self, values_B: NDArray) -> NDArray:
-        """(E,) one value per sample, repeated for each of its events."""
-        return np.repeat(values_B, self.length_B)
-
-
 class FeatureBuilder:
     """Computes features of the given data by name."""
 
@@ -81,8 +60,7 @@ class FeatureBuilder:
             "item": lambda rows: rows.column("item"),
             "behaviour": lambda rows: rows.column("behaviour"),
             "scenario": lambda rows: rows.column("scenario"),
-            "gap": _gap,
-            AGE: _age,
+            "gap": lambda rows: gap_buckets(rows.gaps()),
             "hour": lambda rows: hours(rows.column("timestamp_ms") + self._offset_ms),
             "weekday": lambda rows: weekdays(rows.column("timestamp_ms") + self._offset_ms),
             "weekend": lambda rows: weekdays(rows.column("timestamp_ms") + self._offset_ms) >= 5,
@@ -93,8 +71,11 @@ class FeatureBuilder:
         for name in manifest.extra:
             self._of_event[extra_column(name)] = partial(_extra, name)
 
-    def of_events(self, name: str, rows: EventRows) -> Ids:
-        """(E,) ids of an event feature."""
+    def of_events(self, name: str, rows: EventRows, moment_B: Ids | None = None) -> Ids:
+        """(E,) ids of an event feature. `age` needs the moment of each sample's request, in epoch ms."""
+        if name == AGE:
+            assert moment_B is not None
+            return gap_buckets(rows.of_row(moment_B) - rows.column("timestamp_ms"))
         if name in self.items.features:
             return self.of_items(name, rows.column("item"))
         return self._of_event[name](rows).astype(np.int64)
@@ -103,11 +84,9 @@ class FeatureBuilder:
         """Ids of an item feature, in the shape of `item`."""
         return item.astype(np.int64) if name == "item" else self.items.features[name][item]
 
-    def of_users(self, name: str, samples: Sequence[Sample]) -> Ids:
+    def of_users(self, name: str, histories: Histories) -> Ids:
         """(B,) ids of a user feature."""
-        if name == USER:
-            return np.array([user_id(sample.user.user) for sample in samples], dtype=np.int64)
-        return np.array([sample.user.features[name] for sample in samples], dtype=np.int64)
+        return histories.users("id" if name == USER else user_column(name))
 
 
 def feature_sizes(manifest: Manifest, items: ItemTable) -> dict[str, int | None]:
@@ -151,13 +130,14 @@ def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -
 def gap_buckets(milliseconds: NDArray[np.int64]) -> Ids:
     """floor(log2(1 + whole seconds)), at most 31; negative times count as 0."""
     seconds = np.maximum(milliseconds, 0) // SECOND_MS
-    exponent = np.frexp(1.0 + seconds)[1] - 1  # exact where the logarithm rounds
+    exponent = np.frexp(1.0 + seconds)[1] - 1  # exact where a logarithm would round
     return np.minimum(exponent, GAP_BUCKETS - 1).astype(np.int64)
 
 
 def number_buckets(values: NDArray) -> Ids:
     """64 buckets of any number: 0 = NaN; 32 = about zero; from there floor(2 log2(1 + |x|)) up or down, at most 31."""
-    steps = np.searchsorted(_EDGES, np.abs(values), side="right")
+    size = 1.0 + np.minimum(np.abs(values), _LAST_EDGE, dtype=np.float64)
+    steps = np.minimum(np.frexp(size * size)[1] - 1, NUMBER_BUCKETS // 2 - 1)
     return np.where(np.isnan(values), 0, NUMBER_BUCKETS // 2 + np.where(values < 0, -steps, steps)).astype(np.int64)
 
 
@@ -178,25 +158,8 @@ def weekdays(local_ms: NDArray[np.int64]) -> Ids:
     return (local_ms // DAY_MS + EPOCH_WEEKDAY) % 7
 
 
-def user_id(user: str) -> int:
-    """A user's id as a number below 2 ** 63, by a hash."""
-    return int(xxhash.xxh3_64_intdigest(user.encode()) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-def _gap(rows: EventRows) -> Ids:
-    """Time since the user's event before, whether or not that one is chosen too; 0 for the first."""
-    before = EventRows(rows.samples, [np.maximum(chosen - 1, 0) for chosen in rows.events])
-    return gap_buckets(rows.column("timestamp_ms") - before.column("timestamp_ms"))
-
-
-def _age(rows: EventRows) -> Ids:
-    """Time until the request, which is at its first target's moment."""
-    moment_B = np.array([sample.user.timestamp_ms[sample.requests[0].targets[0]] for sample in rows.samples])
-    return gap_buckets(rows.of_row(moment_B) - rows.column("timestamp_ms"))
-
-
 def _extra(name: str, rows: EventRows) -> Ids:
-    return number_buckets(rows.gather(sample.user.extra[name] for sample in rows.samples))
+    return number_buckets(rows.column(extra_column(name)))
 
 
 def _duration_buckets(milliseconds: NDArray[np.int64]) -> Ids:

@@ -10,13 +10,13 @@ from typing import Any
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import file_checksum
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One Arrow file of the folder: name, rows, events (0 for items), size and checksum."""
+    """One file of the folder: name, rows, events (of shards), size and checksum."""
 
     file: str
     rows: int
@@ -35,6 +35,8 @@ class Manifest:
 
     shards: tuple[StoredFile, ...]
     items: StoredFile
+    user_table: StoredFile  # data/user_table.py
+    batch_table: StoredFile
     users: int
     events: int
     n_train_events: int
@@ -53,6 +55,11 @@ class Manifest:
     user_features: dict[str, tuple[str, ...]] = field(default_factory=dict)
     format: int = FORMAT
 
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Every file that the manifest lists."""
+        return (*self.shards, self.items, self.user_table, self.batch_table)
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
         """Read `<folder>/manifest.json`. Raises DataError when it is missing, damaged or of another format."""
@@ -70,7 +77,8 @@ class Manifest:
             )
         try:
             raw["shards"] = tuple(StoredFile(**shard) for shard in raw["shards"])
-            raw["items"] = StoredFile(**raw["items"])
+            for name in ("items", "user_table", "batch_table"):
+                raw[name] = StoredFile(**raw[name])
             for name in ("behaviours", "scenarios", "extra", "time_range_ms"):
                 raw[name] = tuple(raw[name])
             for name in ("item_features", "user_features"):
@@ -95,7 +103,7 @@ class Manifest:
 
 def verify_sizes(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     """Check that every file is there in its full size. Raises DataError that names the file."""
-    for stored in (*manifest.shards, manifest.items):
+    for stored in manifest.files:
         path = Path(folder) / stored.file
         if not path.is_file():
             raise DataError(f"{path} is missing, but the manifest lists it. Run `onetrain prepare` again.")
@@ -109,7 +117,7 @@ def verify_sizes(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
 def verify_shards(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     """Check size and checksum of every file; reads all of them. Raises DataError that names the damaged file."""
     verify_sizes(manifest, folder)
-    for stored in (*manifest.shards, manifest.items):
+    for stored in manifest.files:
         path = Path(folder) / stored.file
         found = file_checksum(path)
         if found != stored.xxh3_128:

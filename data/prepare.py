@@ -22,9 +22,9 @@ from onetrain.data.readers import Source, open_source
 from onetrain.data.report import Report
 from onetrain.data.schema import user_column
 from onetrain.data.shard_writer import ShardWriter, UserBlock
-from onetrain.data.shards import local_folder
 from onetrain.data.split import Split, append_timestamps, check_split, decide_split, needs_time_points
 from onetrain.data.staging import stage_log
+from onetrain.data.store import local_folder
 from onetrain.data.user_events import index_names, sort_log, stream_users
 from onetrain.data.user_file import index_users
 from onetrain.data.workspace import Workspace, check_space, workspace
@@ -79,7 +79,15 @@ def _prepare_into(
         for events in stream_users(con, options, report):
             timestamps = events.columns["timestamp_ms"]
             valid_start, test_start = split.starts(events.lengths, timestamps)
-            block = UserBlock(events.users, events.lengths, valid_start, test_start, events.columns, events.attributes)
+            block = UserBlock(
+                events.users,
+                events.lengths,
+                np.zeros_like(events.lengths),
+                valid_start,
+                test_start,
+                events.columns,
+                events.attributes,
+            )
             place = np.arange(len(timestamps)) - np.repeat(np.cumsum(events.lengths) - events.lengths, events.lengths)
             train = place < np.repeat(valid_start, events.lengths)
             train_count += np.bincount(events.columns["item"][train], minlength=items.num_rows)
@@ -110,9 +118,12 @@ def _prepare_into(
     }
     if item_names or user_names:
         contents |= {"item_features": item_names, "user_features": user_names}
+    user_table, batch_table = writer.tables()
     return Manifest(
         shards=tuple(writer.shards),
         items=write_items(work.result, items, train_count),
+        user_table=user_table,
+        batch_table=batch_table,
         users=sum(shard.rows for shard in writer.shards),
         events=done,
         n_train_events=n_train,

@@ -2,20 +2,25 @@
 
 A request is the user's context at one moment and the targets of that moment. With `share_context: user`, all requests
 of a user that fit into one window become one sample, in which every target sees only the events before its own request.
+
+Legend: B samples.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
 from onetrain.data.options import BatchOptions
-from onetrain.data.shards import ShardReader, UserSequence
+from onetrain.data.sample_table import SAMPLE, Split, build_table, is_plain, split_range, table_key
+from onetrain.data.shards import Histories, ShardReader, UserSequence
+from onetrain.data.sidecar import default_cache, mapped, sidecar
+from onetrain.data.time_order import build_time_order
 
-Split = Literal["train", "valid", "test"]
-Bounds = Any  # int or int64 array
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,92 +45,119 @@ class Sample:
         return self.requests[-1].context_end
 
 
+@dataclass(frozen=True)
+class SampleRows:
+    """Samples as columns of (B,): where each one's user is, and which of the user's events it is about.
+
+    Events [start, end) are the window; the targets are those among [first, stop) whose behaviour is a target.
+    """
+
+    readers: tuple[ShardReader, ...]
+    reader_B: Ids
+    row_B: Ids
+    start_B: Ids
+    first_B: Ids
+    stop_B: Ids
+    end_B: Ids
+
+    def __len__(self) -> int:
+        return len(self.row_B)
+
+    def __getitem__(self, chosen: Any) -> "SampleRows":
+        """Some of the samples, by a slice, a mask or an array of their places."""
+        columns = (self.reader_B, self.row_B, self.start_B, self.first_B, self.stop_B, self.end_B)
+        return SampleRows(self.readers, *(column[chosen] for column in columns))
+
+    def histories(self) -> Histories:
+        """The users' events, located."""
+        return Histories(self.readers, self.reader_B, self.row_B)
+
+    def readable(self) -> NDArray[np.bool_]:
+        """(B,) whether nothing was found to be wrong with the sample's shard so far."""
+        mask = np.ones(len(self), dtype=bool)
+        for number, reader in enumerate(self.readers):
+            if reader.damaged:
+                here = np.flatnonzero(self.reader_B == number)
+                mask[here] = ~np.isin(reader.shards(self.row_B[here]), list(reader.damaged))
+        return mask
+
+    def reach(self, options: BatchOptions) -> Ids:
+        """Events that the longest pathway of each sample can hold: what samples of like cost have in common."""
+        if options.share_context == "user":
+            return self.end_B - self.start_B
+        return np.minimum(self.end_B, max(options.pathway_lengths.values()))
+
+
 class SampleIndex:
     """Numbers the samples of one split, users in shard order, time order within a user.
 
-    Raises DataError if `target_behaviours` or `behaviour_weights` names a behaviour that the data do not have.
+    The numbering is computed once and kept on disk: beside the shards, or in `cache` where that cannot be. With
+    `by_time` also the order of the samples' moments. Raises DataError if `target_behaviours` or `behaviour_weights`
+    names a behaviour that the data do not have.
     """
 
-    def __init__(self, reader: ShardReader, split: Split, options: BatchOptions) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        split: Split,
+        options: BatchOptions,
+        *,
+        by_time: bool = False,
+        skip_damaged: bool = False,
+        cache: Path | None = None,
+    ) -> None:
         self.reader, self.split, self.options = reader, split, options
         known = reader.manifest.behaviours
         for name in (*options.target_behaviours, *options.behaviour_weights):
             if name not in known:
                 raise DataError(f"batch names the behaviour {name!r}; the prepared data have {', '.join(known)}.")
         self._targets = [known.index(name) for name in options.target_behaviours]
-        self._ends = np.cumsum(self._count())
+        self._plain = is_plain(options)
+
+        def build(folder: Path) -> dict[str, Any]:
+            description = build_table(folder, reader, split, options, by_time=by_time, skip_damaged=skip_damaged)
+            if by_time:
+                build_time_order(folder)
+            return description
+
+        folders = [*reader.store.index_folders, (cache or default_cache()) / "index"]
+        name = f"{split}-{table_key(reader, split, options)}" + ("-by-time" if by_time else "")
+        folder, description = sidecar(folders, name, build)
+        self.skipped_shards: tuple[str, ...] = tuple(description["skipped_shards"])
+        self._ends = mapped(folder / "ends.bin", np.int64)
+        self._samples = mapped(folder / "samples.bin", SAMPLE)
+        self.by_time: Ids | None = mapped(folder / "by_time.bin", np.int64) if by_time else None
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def rows(self, ids: Any) -> SampleRows:
+        """The samples of these numbers; IndexError for one outside [0, len)."""
+        id_B = np.asarray(ids, dtype=np.int64)
+        if len(id_B) and not (id_B.min() >= 0 and id_B.max() < len(self)):
+            raise IndexError(f"samples {id_B.min()} to {id_B.max()} are not all in [0, {len(self)})")
+        row_B = np.searchsorted(self._ends, id_B, side="right")
+        if self._plain:
+            begun_B = np.where(row_B > 0, self._ends[row_B - 1], 0)
+            first_B = split_range(self.reader.table.users[row_B], self.split, self.options)[0] + id_B - begun_B
+            start_B, stop_B, end_B = np.maximum(first_B - self.options.max_context, 0), first_B + 1, first_B
+        else:
+            record_B = self._samples[id_B]
+            start_B, first_B, stop_B, end_B = (record_B[name].astype(np.int64) for name in SAMPLE.names or ())
+        return SampleRows((self.reader,), np.zeros_like(row_B), row_B, start_B, first_B, stop_B, end_B)
+
     def __getitem__(self, sample_id: int) -> Sample:
-        """The sample of this number; IndexError outside [0, len)."""
-        if not 0 <= sample_id < len(self):
-            raise IndexError(f"sample {sample_id} is outside [0, {len(self)})")
-        row = int(np.searchsorted(self._ends, sample_id, side="right"))
-        within = sample_id - (int(self._ends[row - 1]) if row else 0)
-        user = self.reader.user(row)
-        if self._one_request_per_event:
-            first, _ = self._bounds(len(user), user.valid_start, user.test_start)
-            target = int(first) + within
-            return self._alone(user, Request((target,), target))
-        return self._samples(user)[within]
-
-    def reach(self, sample: Sample) -> int:
-        """Events that the longest pathway of the sample can hold: what samples of like cost have in common."""
-        if self.options.share_context == "user":
-            return sample.end - sample.start
-        return min(sample.end, max(self.options.pathway_lengths.values()))
-
-    @property
-    def _one_request_per_event(self) -> bool:
-        """Whether sample numbers follow from the split bounds alone, without reading events."""
-        options = self.options
-        return options.share_context == "request" and options.request_by == "event" and not self._targets
-
-    def _bounds(self, length: Bounds, valid_start: Bounds, test_start: Bounds) -> tuple[Bounds, Bounds]:
-        """First and past-the-last event of this split that has enough context, of one user or of arrays of users."""
-        first = {"train": length * 0, "valid": valid_start, "test": test_start}[self.split]
-        last = {"train": valid_start, "valid": test_start, "test": length}[self.split]
-        return np.maximum(first, self.options.min_context), last
-
-    def _count(self) -> NDArray[np.int64]:
-        if self._one_request_per_event:
-            first, last = self._bounds(*self.reader.split_bounds())
-            return np.maximum(last - first, 0)
-        return np.array(
-            [len(self._samples(self.reader.user(row))) for row in range(self.reader.n_users)], dtype=np.int64
-        )
-
-    def _samples(self, user: UserSequence) -> list[Sample]:
-        requests = self._requests(user)
-        if self.options.share_context == "request":
-            return [self._alone(user, request) for request in requests]
-        return self._windows(user, requests)
-
-    def _requests(self, user: UserSequence) -> list[Request]:
-        first, last = (int(bound) for bound in self._bounds(len(user), user.valid_start, user.test_start))
-        allowed = np.isin(user.behaviour, self._targets) if self._targets else np.ones(len(user), dtype=bool)
-        targets = [event for event in range(first, last) if allowed[event]]
-        if self.options.request_by == "event":
-            return [Request((event,), event) for event in targets]
+        """The sample of this number, to look at; IndexError outside [0, len)."""
+        rows = self.rows([sample_id])
+        user = self.reader.user(int(rows.row_B[0]))
         moments: dict[int, list[int]] = {}
-        for event in targets:
-            moment_start = int(np.searchsorted(user.timestamp_ms, user.timestamp_ms[event], side="left"))
-            moments.setdefault(moment_start, []).append(event)
-        return [Request(tuple(events), end) for end, events in moments.items() if end >= self.options.min_context]
+        for event in range(int(rows.first_B[0]), int(rows.stop_B[0])):
+            if not self._targets or int(user.behaviour[event]) in self._targets:
+                moments.setdefault(self._context_end(user, event), []).append(event)
+        requests = tuple(Request(tuple(events), end) for end, events in moments.items())
+        return Sample(user, int(rows.start_B[0]), requests)
 
-    def _windows(self, user: UserSequence, requests: list[Request]) -> list[Sample]:
-        """Consecutive requests whose contexts fit into one window; a later window begins half a window back."""
-        size = self.options.max_context
-        windows: list[tuple[int, list[Request]]] = []
-        for request in requests:
-            if not windows:
-                windows.append((max(0, request.context_end - size), []))
-            elif request.context_end - windows[-1][0] > size:
-                windows.append((request.context_end - max(size // 2, 1), []))
-            windows[-1][1].append(request)
-        return [Sample(user, start, tuple(members)) for start, members in windows]
-
-    def _alone(self, user: UserSequence, request: Request) -> Sample:
-        return Sample(user, max(0, request.context_end - self.options.max_context), (request,))
+    def _context_end(self, user: UserSequence, event: int) -> int:
+        if self.options.request_by == "event":
+            return event
+        return int(np.searchsorted(user.timestamp_ms, user.timestamp_ms[event], side="left"))

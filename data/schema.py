@@ -22,6 +22,8 @@ BUILT_IN_FEATURES = (
     *REQUEST_FEATURES,
 )
 
+BOUNDS = ("train_start", "valid_start", "test_start")  # of each user's events: where each split begins
+
 _LIST_TYPES = {
     "item": pa.int32(),
     "timestamp_ms": pa.int64(),
@@ -58,8 +60,7 @@ def shard_schema(extra: Iterable[str], user_features: Iterable[str] = ()) -> pa.
     return pa.schema(
         [
             pa.field("user", pa.string(), nullable=False),
-            pa.field("valid_start", pa.int32(), nullable=False),
-            pa.field("test_start", pa.int32(), nullable=False),
+            *(pa.field(name, pa.int32(), nullable=False) for name in BOUNDS),
             *lists,
             *(pa.field(user_column(name), pa.int32(), nullable=False) for name in user_features),
         ]

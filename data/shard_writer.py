@@ -8,17 +8,19 @@ import pyarrow as pa
 
 from onetrain.data.fingerprint import file_checksum
 from onetrain.data.manifest import StoredFile
-from onetrain.data.schema import event_types, shard_schema
+from onetrain.data.schema import BOUNDS, event_types, shard_schema
+from onetrain.data.user_table import BATCHES, USERS, UserTableWriter
 
 BATCH_EVENTS = 65_536  # most events of a record batch that holds more than one user
 
 
 @dataclass(frozen=True)
 class UserBlock:
-    """Whole users: their ids and lengths, the two split bounds, and their events user after user, oldest first."""
+    """Whole users: ids, lengths, where training, validation and test begin, and events user after user, oldest first."""
 
     users: pa.StringArray
     lengths: np.ndarray  # int64, events of each user
+    train_start: np.ndarray
     valid_start: np.ndarray
     test_start: np.ndarray
     columns: dict[str, np.ndarray]  # per-event column -> values of all users
@@ -31,6 +33,7 @@ class UserBlock:
         return UserBlock(
             self.users.slice(start, stop - start),
             self.lengths[users],
+            self.train_start[users],
             self.valid_start[users],
             self.test_start[users],
             {name: values[events] for name, values in self.columns.items()},
@@ -43,6 +46,7 @@ def join_blocks(blocks: list[UserBlock]) -> UserBlock:
     return UserBlock(
         pa.concat_arrays([block.users for block in blocks]),
         np.concatenate([block.lengths for block in blocks]),
+        np.concatenate([block.train_start for block in blocks]),
         np.concatenate([block.valid_start for block in blocks]),
         np.concatenate([block.test_start for block in blocks]),
         {name: np.concatenate([block.columns[name] for block in blocks]) for name in blocks[0].columns},
@@ -64,9 +68,10 @@ class ShardWriter:
         self._schema = shard_schema(extra, user_features)
         self._shard_events = shard_events
         self._batch_events = min(BATCH_EVENTS, shard_events)
+        self._table = UserTableWriter(folder, extra, user_features)
         self._waiting: list[UserBlock] = []
         self._file: pa.RecordBatchFileWriter | None = None
-        self._rows = self._events = 0
+        self._rows = self._events = self._n_batches = 0
 
     def append(self, block: UserBlock) -> None:
         """Add whole users, which come after all users before."""
@@ -79,12 +84,20 @@ class ShardWriter:
         if self._waiting:
             self._write_batches(final=True)
         self._finish_shard()
+        self._table.close()
+
+    def tables(self) -> tuple[StoredFile, StoredFile]:
+        """The user table of the finished shards: users.bin and batches.bin."""
+        rows = {USERS: sum(shard.rows for shard in self.shards), BATCHES: self._n_batches}
+        users, batches = (_stored(self._folder / name, count) for name, count in rows.items())
+        return users, batches
 
     def abort(self) -> None:
         """Close the open file without finishing it."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._table.close()
 
     def _write_batches(self, final: bool) -> None:
         block = join_blocks(self._waiting)
@@ -110,12 +123,13 @@ class ShardWriter:
             pa.LargeListArray.from_arrays(offsets, pa.array(block.columns[name], kind))
             for name, kind in self._types.items()
         ]
-        starts = [pa.array(values, pa.int32()) for values in (block.valid_start, block.test_start)]
+        starts = [pa.array(getattr(block, name), pa.int32()) for name in BOUNDS]
         users = pa.concat_arrays([block.users])
         attributes = [pa.array(block.attributes[name], pa.int32()) for name in self._user_features]
         columns = [users, *starts, *lists, *attributes]
         self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._rows += len(block.lengths)
+        self._n_batches += 1
         self._events += events
 
     def _finish_shard(self) -> None:
@@ -124,10 +138,13 @@ class ShardWriter:
         self._file.close()
         self._file = None
         path = self._folder / self._name()
-        self.shards.append(
-            StoredFile(path.name, self._rows, path.stat().st_size, file_checksum(path), events=self._events)
-        )
+        self.shards.append(_stored(path, self._rows, self._events))
+        self._table.add(path)
         self._rows = self._events = 0
 
     def _name(self) -> str:
         return f"shard-{len(self.shards):05d}.arrow"
+
+
+def _stored(path: Path, rows: int, events: int = 0) -> StoredFile:
+    return StoredFile(path.name, rows, path.stat().st_size, file_checksum(path), events)

@@ -1,27 +1,35 @@
-"""Reads prepared shards: memory-mapped, any user in constant time, without copies."""
+"""Reads prepared shards: memory-mapped, any user in constant time, events of many users in one call.
+
+Legend: B rows, E events of a batch one after another.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
 
-from onetrain.data.errors import DataError
-from onetrain.data.manifest import Manifest, verify_shards, verify_sizes
+from onetrain.data.errors import DamagedShardError, DataError
+from onetrain.data.manifest import Manifest
 from onetrain.data.schema import event_types, extra_column, user_column
+from onetrain.data.store import LocalStore, Store, local_folder
+from onetrain.data.user_table import USER_TEXT, UserTable
+
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class UserSequence:
     """One user's n events, oldest first: arrays of shape (n,), read-only views of the shard.
 
-    Events [0, valid_start) train, [valid_start, test_start) validate, [test_start, n) test. `item`, `behaviour` and
-    `scenario` are indices into items.arrow and the manifest's lists; times are milliseconds, -1 where unknown.
-    `features`: ids of the user's attributes, 0 where unknown.
+    Events [0, train_start) are context only, [train_start, valid_start) train, [valid_start, test_start) validate,
+    [test_start, n) test. `item`, `behaviour` and `scenario` are indices into items.arrow and the manifest's lists;
+    times are milliseconds, -1 where unknown. `features`: ids of the user's attributes, 0 where unknown.
     """
 
     user: str
@@ -35,100 +43,167 @@ class UserSequence:
     valid_start: int
     test_start: int
     features: dict[str, int] = field(default_factory=dict)
+    train_start: int = 0
 
     def __len__(self) -> int:
         return len(self.item)
 
 
-class _Batch:
-    """Numpy views of one record batch."""
+class Places(NamedTuple):
+    """Where the events of B users lie."""
 
-    def __init__(self, batch: pa.RecordBatch, manifest: Manifest) -> None:
-        self.users = batch.column("user")
-        self.valid_start = batch.column("valid_start").to_numpy()
-        self.test_start = batch.column("test_start").to_numpy()
-        self.offsets = batch.column("item").offsets.to_numpy()
-        self.values = {name: batch.column(name).values.to_numpy() for name in event_types(manifest.extra)}
-        self.features = {name: batch.column(user_column(name)).to_numpy() for name in manifest.user_features}
+    users: NDArray[Any]  # (B,) records of the user table
+    shard_B: NDArray[np.int32]
 
 
 class ShardReader:
     """All users of a prepared folder under one row number: shard after shard, in the order of the manifest.
 
-    Opening checks the size of every file, and with `checksum=True` (the default) its checksum too; pass False where
-    another process of the job has just checked. Raises DataError that names the missing or damaged file.
+    Opening reads the user table alone. A shard is opened when one of its users is first asked for, and each record
+    batch is held against its checksum when it is first read; DamagedShardError names the file that is missing,
+    truncated or changed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest, *, checksum: bool = True) -> None:
-        self.folder = local_folder(folder)
+    def __init__(self, store: Store | str | os.PathLike[str], manifest: Manifest) -> None:
+        self.store: Store = LocalStore(store) if isinstance(store, str | os.PathLike) else store
         self.manifest = manifest
-        (verify_shards if checksum else verify_sizes)(manifest, self.folder)
-        self._files = [self._open(self.folder / shard.file) for shard in manifest.shards]
-        self._batches = [(file, index) for file in self._files for index in range(file.num_record_batches)]
-        rows = [file.get_batch(index).num_rows for file, index in self._batches]
-        self._starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
-        if self._starts[-1] != manifest.users:
-            raise DataError(f"{self.folder}: shards hold {self._starts[-1]} users, the manifest says {manifest.users}.")
-        self._views: dict[int, _Batch] = {}
+        self.types = {name: np.dtype(kind.to_pandas_dtype()) for name, kind in event_types(manifest.extra).items()}
+        paths = [self.store.path(stored) for stored in (manifest.user_table, manifest.batch_table)]
+        self.table = UserTable.open(paths[0], paths[1], manifest.extra, manifest.user_features)
+        if len(self.table.users) != manifest.users:
+            raise DataError(f"{paths[0]} holds {len(self.table.users)} users, the manifest says {manifest.users}.")
+        self.damaged: set[int] = set()  # shards found to be missing, truncated or changed
+        self._verified = np.zeros(len(self.table.batches), dtype=bool)
+        self._files: dict[int, NDArray[np.uint8]] = {}
+        self._views: dict[tuple[int, np.dtype], NDArray[Any]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., "ShardReader"], tuple[Any, ...]]:
-        return _reopen, (self.folder, self.manifest)
+        return ShardReader, (self.store, self.manifest)
 
     @property
     def n_users(self) -> int:
         """Number of users, which is the number of rows."""
         return self.manifest.users
 
+    def shards(self, row_B: Ids) -> NDArray[np.int32]:
+        """Number of the shard that each of these rows lies in."""
+        shard_B: NDArray[np.int32] = self.table.batches["shard"][self.table.users["batch"][row_B]]
+        return shard_B
+
+    def locate(self, row_B: Ids) -> Places:
+        """Find the users of these rows, and check what is read for the first time."""
+        users = self.table.users[row_B]
+        new = users["batch"][~self._verified[users["batch"]]]
+        for batch in np.unique(new).tolist():
+            self._verify(batch)
+        return Places(users, self.table.batches["shard"][users["batch"]])
+
+    def pieces(self, name: str, places: Places, start_B: Ids, stop_B: Ids) -> list[NDArray[Any]]:
+        """Of each user the events [start, stop) of one column, as views."""
+        kind, batch_B = self.types[name], places.users["batch"]
+        begin_B = self.table.batches[name][batch_B] + places.users["begin"]
+        shards = places.shard_B.tolist()
+        views = {shard: self._view(shard, kind) for shard in set(shards)}
+        bounds = zip(shards, (begin_B + start_B).tolist(), (begin_B + stop_B).tolist(), strict=True)
+        return [views[shard][begin:end] for shard, begin, end in bounds]
+
     def user(self, row: int) -> UserSequence:
         """Events of the user in this row (0-based). Raises IndexError outside [0, n_users)."""
         if not 0 <= row < self.n_users:
             raise IndexError(f"row {row} is outside [0, {self.n_users})")
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
-        batch = self._view(index)
-        local = row - int(self._starts[index])
-        events = slice(int(batch.offsets[local]), int(batch.offsets[local + 1]))
-        values = batch.values
+        places = self.locate(np.array([row]))
+        record = places.users[0]
+        whole = np.array([0]), np.array([record["length"]])
+        values = {name: self.pieces(name, places, *whole)[0] for name in self.types}
         return UserSequence(
-            user=batch.users[local].as_py(),
-            item=values["item"][events],
-            timestamp_ms=values["timestamp_ms"][events],
-            behaviour=values["behaviour"][events],
-            scenario=values["scenario"][events],
-            watch_ms=values["watch_ms"][events],
-            duration_ms=values["duration_ms"][events],
-            extra={name: values[extra_column(name)][events] for name in self.manifest.extra},
-            valid_start=int(batch.valid_start[local]),
-            test_start=int(batch.test_start[local]),
-            features={name: int(ids[local]) for name, ids in batch.features.items()},
+            user=self._user_text(row, record),
+            item=values["item"],
+            timestamp_ms=values["timestamp_ms"],
+            behaviour=values["behaviour"],
+            scenario=values["scenario"],
+            watch_ms=values["watch_ms"],
+            duration_ms=values["duration_ms"],
+            extra={name: values[extra_column(name)] for name in self.manifest.extra},
+            train_start=int(record["train_start"]),
+            valid_start=int(record["valid_start"]),
+            test_start=int(record["test_start"]),
+            features={name: int(record[user_column(name)]) for name in self.manifest.user_features},
         )
 
-    def split_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Events, valid_start and test_start of every user: int64 arrays of shape (n_users,).
-
-        Reads list offsets and the two integer columns, no events.
-        """
+    def split_bounds(self) -> tuple[Ids, Ids, Ids]:
+        """Events, valid_start and test_start of every user: int64 arrays of shape (n_users,)."""
         return self._bounds
 
     @cached_property
-    def _bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        views = [self._view(index) for index in range(len(self._batches))]
-        lengths = np.concatenate([np.diff(view.offsets) for view in views])
-        valid_start = np.concatenate([view.valid_start for view in views]).astype(np.int64)
-        test_start = np.concatenate([view.test_start for view in views]).astype(np.int64)
-        return lengths, valid_start, test_start
+    def _bounds(self) -> tuple[Ids, Ids, Ids]:
+        lengths, valid, test = (self.table.users[n].astype(np.int64) for n in ("length", "valid_start", "test_start"))
+        return lengths, valid, test
 
-    def _view(self, index: int) -> _Batch:
-        if index not in self._views:
-            file, number = self._batches[index]
-            self._views[index] = _Batch(file.get_batch(number), self.manifest)
-        return self._views[index]
+    def _user_text(self, row: int, record: Any) -> str:
+        batch = self.table.batches[record["batch"]]
+        offsets, data = (int(batch[name]) for name in USER_TEXT)
+        file, local = self._file(int(batch["shard"])), row - int(batch["first_row"])
+        begin, end = file[offsets + 4 * local : offsets + 4 * local + 8].view("<i4")
+        return file[data + begin : data + end].tobytes().decode()
 
-    @staticmethod
-    def _open(path: Path) -> pa.RecordBatchFileReader:
-        try:
-            return pa.ipc.open_file(pa.memory_map(str(path)))
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{path} is no Arrow file ({error}). Run `onetrain prepare` again.") from error
+    def _verify(self, batch: int) -> None:
+        record = self.table.batches[batch]
+        shard, at, size = int(record["shard"]), int(record["at"]), int(record["size"])
+        stored = self.manifest.shards[shard]
+        found = xxhash.xxh3_64_intdigest(self._file(shard)[at : at + size].data)
+        if found != int(record["xxh3"]):
+            self.damaged.add(shard)
+            raise DamagedShardError(
+                f"{self.store.name}/{stored.file} is damaged: bytes {at} to {at + size} are not those that were written "
+                "(checksum). Copy it again or run `onetrain prepare` again; with stream.damaged: skip a run goes on "
+                "without its samples.",
+                stored.file,
+            )
+        self._verified[batch] = True
+
+    def _file(self, shard: int) -> NDArray[np.uint8]:
+        if shard not in self._files:
+            try:
+                path = self.store.path(self.manifest.shards[shard])
+            except DamagedShardError:
+                self.damaged.add(shard)
+                raise
+            self._files[shard] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        return self._files[shard]
+
+    def _view(self, shard: int, kind: np.dtype) -> NDArray[Any]:
+        key = (shard, kind)
+        if key not in self._views:
+            file = self._file(shard)
+            self._views[key] = file[: len(file) // kind.itemsize * kind.itemsize].view(kind)
+        return self._views[key]
+
+
+class Histories:
+    """The whole histories of B users in any of several readers: located, and read column by column."""
+
+    def __init__(self, readers: Sequence[ShardReader], reader_B: Ids, row_B: Ids) -> None:
+        present = np.unique(reader_B).tolist()
+        self._parts = [(readers[number], np.flatnonzero(reader_B == number)) for number in present]
+        self._places = [reader.locate(row_B[here]) for reader, here in self._parts]
+
+    def events(self, name: str, start_B: Ids, stop_B: Ids) -> NDArray[Any]:
+        """(E,) values of a column: of each user the events [start, stop), one user after another."""
+        if len(self._parts) == 1:
+            return np.concatenate(self._parts[0][0].pieces(name, self._places[0], start_B, stop_B))
+        pieces: list[NDArray[Any]] = [np.empty(0)] * len(start_B)
+        for (reader, here), places in zip(self._parts, self._places, strict=True):
+            found = reader.pieces(name, places, start_B[here], stop_B[here])
+            for index, piece in zip(here.tolist(), found, strict=True):
+                pieces[index] = piece
+        return np.concatenate(pieces)
+
+    def users(self, name: str) -> Ids:
+        """(B,) values of a field of the user table: id, length, train_start, u_<attribute> ..."""
+        values = np.empty(sum(len(here) for _, here in self._parts), dtype=np.int64)
+        for (_, here), places in zip(self._parts, self._places, strict=True):
+            values[here] = places.users[name]
+        return values
 
 
 def read_items(folder: str | os.PathLike[str]) -> pa.Table:
@@ -145,19 +220,3 @@ def read_items(folder: str | os.PathLike[str]) -> pa.Table:
         raise DataError(f"{path} does not exist. Run `onetrain prepare` first.") from None
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is no Arrow file ({error}). Run `onetrain prepare` again.") from error
-
-
-def local_folder(folder: str | os.PathLike[str]) -> Path:
-    """`folder` as a local path. Raises DataError for a remote one: shards are memory-mapped."""
-    text = os.fspath(folder).removeprefix("file://")
-    if "://" in text:
-        raise DataError(
-            f"{text}: prepared shards are memory-mapped and must lie on a local disk. Copy the folder to each machine "
-            "and set data.prepared to the copy."
-        )
-    return Path(text)
-
-
-def _reopen(folder: Path, manifest: Manifest) -> ShardReader:
-    """A reader in another process, of files that were checked when the first one was opened."""
-    return ShardReader(folder, manifest, checksum=False)

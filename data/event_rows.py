@@ -1,0 +1,66 @@
+"""Chosen events of every sample of a batch, flat: each row is a range of its user's history, or some events of one.
+
+Legend: B samples, E chosen events, one row after another.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onetrain.data.shards import Histories
+
+Ids = NDArray[np.int64]
+
+
+class EventRows:
+    """Events [start, stop) of each sample's user; with `chosen_R`, those of them for which it is True."""
+
+    def __init__(
+        self, histories: Histories, start_B: Ids, stop_B: Ids, chosen_R: NDArray[np.bool_] | None = None
+    ) -> None:
+        self._histories, self._start_B, self._stop_B, self._chosen_R = histories, start_B, stop_B, chosen_R
+        self._range_B = stop_B - start_B
+        self._columns: dict[str, NDArray[Any]] = {}
+        self.length_B: Ids = self._range_B
+        if chosen_R is not None:
+            total = np.concatenate([[0], np.cumsum(chosen_R)])
+            ends = np.cumsum(self._range_B)
+            self.length_B = total[ends] - total[ends - self._range_B]
+
+    @cached_property
+    def place_E(self) -> Ids:  # noqa: N802
+        """Number of each event within its user's history."""
+        return self._kept(ramp(self._range_B) + np.repeat(self._start_B, self._range_B))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(E,) values of an event column."""
+        if name not in self._columns:
+            self._columns[name] = self._kept(self._histories.events(name, self._start_B, self._stop_B))
+        return self._columns[name]
+
+    def of_row(self, values_B: NDArray[Any]) -> NDArray[Any]:
+        """(E,) one value per sample, repeated for each of its events."""
+        return np.repeat(values_B, self.length_B)
+
+    def gaps(self) -> Ids:
+        """(E,) milliseconds since the user's event before, whether or not that one is chosen; 0 for the first."""
+        extra_B = (self._start_B > 0).astype(np.int64)
+        times = self._histories.events("timestamp_ms", self._start_B - extra_B, self._stop_B)
+        gaps = np.diff(times, prepend=times[:1])
+        begins = np.cumsum(self._range_B + extra_B) - self._range_B - extra_B
+        has_first = (self._range_B + extra_B) > 0
+        gaps[begins[has_first]] = 0
+        real = np.ones(len(gaps), dtype=bool)
+        real[begins[extra_B > 0]] = False
+        return self._kept(gaps[real])
+
+    def _kept(self, values_R: NDArray[Any]) -> NDArray[Any]:
+        return values_R if self._chosen_R is None else values_R[self._chosen_R]
+
+
+def ramp(length_B: Ids) -> Ids:
+    """0, 1, ... length - 1 of every row, one row after another."""
+    ends = np.cumsum(length_B)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - length_B, length_B)

@@ -1,0 +1,146 @@
+"""From a cursor to the micro batches of one rank: the one code for the in-process stream and for the service's actors.
+
+Legend: G samples of the global batch, B of a micro batch.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onetrain.data.batch import Batch, BatchBuilder
+from onetrain.data.cursor import Cursor
+from onetrain.data.errors import DamagedShardError
+from onetrain.data.features import FeatureNames
+from onetrain.data.item_table import ItemTable
+from onetrain.data.options import BatchOptions
+from onetrain.data.order import GlobalOrder
+from onetrain.data.samples import SampleRows
+from onetrain.data.sharing import share_out
+from onetrain.data.sids import SidMap
+from onetrain.data.sources import Sources
+from onetrain.data.stream_options import StreamOptions
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sample of some length costs to compute, in any unit: fixed + linear * N + square * N ** 2."""
+
+    fixed: float = 1.0
+    linear: float = 1.0
+    square: float = 0.0
+
+    def __call__(self, length: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Cost of each of these lengths."""
+        return self.fixed + (self.linear + self.square * length) * length
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """All that a process needs to build any batch of a run."""
+
+    prepared: str
+    stream: StreamOptions
+    batch: BatchOptions
+    features: FeatureNames
+    seed: int
+    global_batch_size: int
+    micro_batches: int  # of each data rank and step
+    ranks: int  # data ranks
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True)
+class BuildStats:
+    """What was built for one rank and step."""
+
+    samples: int
+    events: int
+    bytes: int
+    seconds: float
+    padding: float  # share of context positions that are padding
+    skipped: int  # samples of damaged shards that were left out
+    sources: dict[str, int] = field(default_factory=dict)  # samples of each source
+
+
+@dataclass(frozen=True)
+class BuiltStep:
+    """What one rank trains on in one optimizer step."""
+
+    micro_batches: list[Batch]
+    stats: BuildStats
+
+
+class StepBuilder:
+    """Builds any step of any rank. Raises DataError for data that cannot be used."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        self.sources = Sources(spec.prepared, spec.stream, spec.batch, spec.seed)
+        sids = SidMap.load(f"{spec.prepared}/sids")
+        self.builder = BatchBuilder(
+            sids, self.sources.manifest, ItemTable.load(spec.prepared), spec.batch, spec.features
+        )
+        self._order = lru_cache(maxsize=4)(self.sources.order)
+
+    def order(self, cursor: Cursor) -> GlobalOrder:
+        """The order that the cursor belongs to."""
+        return self._order(cursor.updates)
+
+    def steps_left(self, cursor: Cursor) -> int | None:
+        """Steps until the order ends; None = it does not."""
+        length = self.order(cursor).length
+        return None if length is None else -(-(length - cursor.position) // self.spec.global_batch_size)
+
+    def rows(self, cursor: Cursor) -> tuple[NDArray[np.int64], SampleRows]:
+        """Source number and place of every sample of the global batch that begins at the cursor, in order."""
+        source_G, id_G = self.order(cursor).sample_ids(cursor.position, self.spec.global_batch_size)
+        return source_G, self.sources.rows(source_G, id_G)
+
+    def build(self, cursor: Cursor, rank: int) -> BuiltStep:
+        """The micro batches of a data rank, of the global batch that begins at the cursor."""
+        started = time.perf_counter()
+        source_G, rows = self.rows(cursor)
+        spec = self.spec
+        shares = share_out(rows.reach(spec.batch), spec.cost, spec.ranks, spec.micro_batches)[rank]
+        built = [self._build(rows, places) for places in shares]
+        batches, kept = [batch for batch, _ in built], sum(count for _, count in built)
+        own = np.bincount(source_G[np.concatenate(shares)], minlength=len(self.sources.names)).tolist()
+        stats = BuildStats(
+            samples=kept,
+            events=sum(sum(batch.n_events.values()) for batch in batches),
+            bytes=sum(batch.n_bytes for batch in batches),
+            seconds=time.perf_counter() - started,
+            padding=padding(batches),
+            skipped=sum(map(len, shares)) - kept,
+            sources=dict(zip(self.sources.names, own, strict=True)) if spec.stream.mixture else {},
+        )
+        return BuiltStep(batches, stats)
+
+    def _build(self, rows: SampleRows, places: NDArray[np.int64]) -> tuple[Batch, int]:
+        """A micro batch of the samples at these places, and how many of them it holds."""
+        while True:
+            readable = places[rows[places].readable()]
+            try:
+                if len(readable):
+                    return self.builder.build(rows[readable]), len(readable)
+                return self._placeholder(rows), 0
+            except DamagedShardError:
+                if self.spec.stream.damaged == "error":
+                    raise
+
+    def _placeholder(self, rows: SampleRows) -> Batch:
+        """A micro batch that counts for nothing: every rank computes as many."""
+        spare = np.flatnonzero(rows.readable())[:1]
+        batch = self.builder.build(rows[spare])
+        return replace(batch, weight_BT=torch.zeros_like(batch.weight_BT))
+
+
+def padding(batches: list[Batch]) -> float:
+    """Share of the batches' context positions that are padding."""
+    positions = sum(columns.index_BN.numel() for batch in batches for columns in batch.sequences.values())
+    events = sum(sum(batch.n_events.values()) for batch in batches)
+    return 1 - events / positions if positions else 0.0
