@@ -1,4 +1,4 @@
-"""The cursor: all that a checkpoint keeps of the data. It knows nothing of ranks, builders, prefetch or micro batches."""
+"""The cursor: all that a checkpoint keeps of the data. Ranks, builders, prefetch and micro batches have no part in it."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any

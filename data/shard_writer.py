@@ -16,7 +16,7 @@ BATCH_EVENTS = 65_536  # most events of a record batch that holds more than one 
 
 @dataclass(frozen=True)
 class UserBlock:
-    """Whole users: ids, lengths, where training, validation and test begin, and events user after user, oldest first."""
+    """Whole users: ids, lengths, where each split begins, and their events user after user, oldest first."""
 
     users: pa.StringArray
     lengths: np.ndarray  # int64, events of each user

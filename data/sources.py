@@ -92,6 +92,16 @@ class Sources:
         """The newest version there is of every source; looks at the folders."""
         return {source.name: newest_version(source.folder) for source in self.sources}
 
+    @property
+    def size(self) -> int:
+        """Samples of all versions of all sources."""
+        return sum(source.sizes[-1] for source in self.sources)
+
+    def contents(self) -> dict[str, str]:
+        """What each source's first version holds: fingerprint of its manifest, and number of samples."""
+        first = {source.name: source.indices[0] for source in self.sources}
+        return {name: f"{index.reader.manifest.fingerprint}, {len(index)} samples" for name, index in first.items()}
+
     def extend(self, versions: dict[str, int]) -> None:
         """Open every version up to these. DataError for one that does not follow from the version before."""
         for source in self.sources:

@@ -62,6 +62,7 @@ class BuildStats:
     bytes: int
     seconds: float
     padding: float  # share of context positions that are padding
+    cost: float  # of the micro batches as they are padded, in the unit of StreamSpec.cost
     skipped: int  # samples of damaged shards that were left out
     sources: dict[str, int] = field(default_factory=dict)  # samples of each source
 
@@ -95,6 +96,11 @@ class StepBuilder:
         length = self.order(cursor).length
         return None if length is None else -(-(length - cursor.position) // self.spec.global_batch_size)
 
+    def after(self, cursor: Cursor) -> Cursor:
+        """The cursor once the step that begins here is done."""
+        length, position = self.order(cursor).length, cursor.position + self.spec.global_batch_size
+        return cursor.at(position if length is None else min(position, length))
+
     def rows(self, cursor: Cursor) -> tuple[NDArray[np.int64], SampleRows]:
         """Source number and place of every sample of the global batch that begins at the cursor, in order."""
         source_G, id_G = self.order(cursor).sample_ids(cursor.position, self.spec.global_batch_size)
@@ -105,7 +111,8 @@ class StepBuilder:
         started = time.perf_counter()
         source_G, rows = self.rows(cursor)
         spec = self.spec
-        shares = share_out(rows.reach(spec.batch), spec.cost, spec.ranks, spec.micro_batches)[rank]
+        reach_G = rows.reach(spec.batch)
+        shares = share_out(reach_G, spec.cost, spec.ranks, spec.micro_batches)[rank]
         built = [self._build(rows, places) for places in shares]
         batches, kept = [batch for batch, _ in built], sum(count for _, count in built)
         own = np.bincount(source_G[np.concatenate(shares)], minlength=len(self.sources.names)).tolist()
@@ -115,6 +122,7 @@ class StepBuilder:
             bytes=sum(batch.n_bytes for batch in batches),
             seconds=time.perf_counter() - started,
             padding=padding(batches),
+            cost=sum(len(places) * float(spec.cost(reach_G[places].max())) for places in shares if len(places)),
             skipped=sum(map(len, shares)) - kept,
             sources=dict(zip(self.sources.names, own, strict=True)) if spec.stream.mixture else {},
         )

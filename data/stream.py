@@ -64,7 +64,7 @@ class LocalStream:
                     waited = time.perf_counter() - begun
                     fill()
                     ready = sum(future.done() for future in ahead)
-                    yield Step(built.micro_batches, start.at(start.position + size), waited, ready, built.stats)
+                    yield Step(built.micro_batches, self.builder.after(start), waited, ready, built.stats)
             finally:
                 for future in ahead:
                     future.cancel()

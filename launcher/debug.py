@@ -8,18 +8,20 @@ import shutil
 
 import torch
 
-from onetrain.data.order import GlobalOrder
-from onetrain.data.samples import SampleIndex
+from onetrain.data.cursor import Cursor
+from onetrain.data.steps import StepBuilder
 from onetrain.launcher import conversion
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_message
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.job import PreparedData, build_model, set_numerics
 from onetrain.launcher.options import RunConfig
+from onetrain.launcher.stream import stream_spec
 from onetrain.launcher.train import loss_of_batch, train
 from onetrain.model.features import module_key
 from onetrain.model.lifelong import read_counts
 from onetrain.parallel.deepspeed_config import check_options
+from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.options import ParallelOptions
 from onetrain.parallel.support import check_mix
 
@@ -73,14 +75,14 @@ def check_gradients(config: RunConfig) -> None:
     model = build_model(config, data).train()
     conversion.prepare(model, config.conversion)
     distil = config.conversion if config.conversion.stage == "distil" else None
-    index = SampleIndex(data.reader, "train", config.batch)
-    order = GlobalOrder(len(index), data.manifest.fingerprint, config.seed)
+    steps = StepBuilder(stream_spec(config, data, Mesh.plan(1, config.parallel, config.model)))
+    cursor = Cursor().updated(steps.sources.newest())
+    rows = steps.sources.rows(*steps.order(cursor).sample_ids(0, CHECKED_SAMPLES))
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    builder, size = data.builder(config), config.parallel.micro_batch_size or CHECKED_SAMPLES
+    size = config.parallel.micro_batch_size or CHECKED_SAMPLES
     problems, longest, loss, weight = [], dict[str, int](), 0.0, 0.0
-    for start in range(0, CHECKED_SAMPLES, size):
-        numbers = order.sample_ids(start, min(size, CHECKED_SAMPLES - start))
-        batch = builder.build([index[number] for number in numbers])
+    for start in range(0, len(rows), size):
+        batch = steps.builder.build(rows[start : start + size])
         loss_sum, batch_weight, _ = loss_of_batch(model, batch, torch.device("cpu"), distil=distil)
         (loss_sum / batch_weight).backward()
         loss, weight = loss + float(loss_sum.detach()), weight + float(batch_weight)

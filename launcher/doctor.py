@@ -251,8 +251,8 @@ def _mesh(config: RunConfig) -> Check:
     return Check(
         "mesh",
         "ok",
-        f"{mesh.summary()}; global batch {config.parallel.global_batch_size} = {mesh.data_parallel} data ranks x "
-        f"{mesh.accumulation_steps} micro batches x {mesh.micro_batch_size}",
+        f"{mesh.summary()}; global batch {mesh.global_batch_size} in {mesh.data_parallel} data ranks x "
+        f"{mesh.accumulation_steps} micro batches of about {mesh.micro_batch_size}",
     )
 
 

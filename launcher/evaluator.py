@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onetrain.data.batch import Batch
 from onetrain.data.errors import DataError
-from onetrain.data.order import GlobalOrder
+from onetrain.data.permutation import key_of, permute
 from onetrain.data.samples import Sample, SampleIndex, Split
 from onetrain.launcher.job import PreparedData, model_inputs
 from onetrain.launcher.options import RunConfig
@@ -63,16 +63,20 @@ class Evaluator:
 
         With `max_requests`, the first requests of a fixed shuffle.
         """
-        ids = np.arange(len(self.index))
-        if max_requests is not None and max_requests < len(ids):
-            ids = GlobalOrder(len(ids), self.data.manifest.fingerprint, seed=0).sample_ids(0, max_requests)
+        count = len(self.index)
+        ids = np.arange(count if max_requests is None else min(max_requests, count))
+        if len(ids) < count:
+            ids = permute(ids, count, key_of(self.data.manifest.fingerprint, "0/0"))
         mine = ids[ranks.rank :: ranks.world_size].tolist()
         spare = ids[:1].tolist()  # a rank without requests still has to know the metrics' names
         sums: dict[str, dict[str, float]] = {subset: defaultdict(float) for subset in SUBSETS}
         size = self.config.evaluation.batch_size
         for start in range(0, max(len(mine), 1), size):
-            samples = [self.index[sample_id] for sample_id in mine[start : start + size] or spare]
-            batch = self.builder.build(samples)
+            chosen = mine[start : start + size] or spare
+            samples, batch = (
+                [self.index[sample_id] for sample_id in chosen],
+                self.builder.build(self.index.rows(chosen)),
+            )
             metrics = ranker(samples, batch)
             everyone_B = torch.full((len(samples),), bool(mine))
             masks = {SUBSETS[0]: everyone_B, SUBSETS[1]: everyone_B & batch.new_day_BT[:, 0]}

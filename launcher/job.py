@@ -35,13 +35,13 @@ class PreparedData:
     sids: SidMap
 
     @classmethod
-    def open(cls, config: RunConfig, *, checksum: bool = True) -> "PreparedData":
-        """Open and verify the folder data.prepared; DataError for what is missing, damaged or foreign."""
+    def open(cls, config: RunConfig) -> "PreparedData":
+        """Open the folder data.prepared; DataError for what is missing or foreign. Shards are checked as they are read."""
         folder = Path(config.data.prepared)
         manifest = Manifest.load(folder)
         sids = SidMap.load(str(folder / "sids"))
         sids.check_against(manifest)
-        return cls(folder, manifest, ShardReader(folder, manifest, checksum=checksum), sids)
+        return cls(folder, manifest, ShardReader(folder, manifest), sids)
 
     @cached_property
     def items(self) -> ItemTable:

@@ -10,6 +10,7 @@ import torch
 from onetrain.data.batch import Batch
 from onetrain.data.stream import Step
 from onetrain.launcher.console import print_warning
+from onetrain.launcher.data_metrics import DataMetrics
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.router_metrics import RouterMetrics
 from onetrain.model.flops import forward_flops
@@ -31,6 +32,7 @@ class Meter:
         sparse = config.model.moe.experts > 0
         self.routers = RouterMetrics(config, engine.mesh, routers(engine.module)) if sparse else None
         self.flops = forward_flops(config.model, vocabulary)
+        self._data = DataMetrics(engine.ranks, self.readers)
         self._begun = time.perf_counter()
         self._first_step_done: float | None = None
         self._steps_since_first = 0
@@ -40,8 +42,7 @@ class Meter:
     def step(self, step: Step) -> Iterator[None]:
         """Times one optimizer step, and counts what it works on."""
         yield
-        self._waited += step.waited_s
-        self._padding.append(step.padding)
+        self._data.add(step)
         ksa = self.config.model.ksa
         for batch in step.micro_batches:
             self._targets += int((batch.weight_BT > 0).sum())
@@ -76,7 +77,7 @@ class Meter:
         names = list(self.vocabulary.pathways)
         local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
         of_stacks = [count for work in self._work.values() for count in work]
-        waited, *counts = all_reduce_sum([self._waited, *map(float, local), *of_stacks], self.ranks)
+        counts = all_reduce_sum([*map(float, local), *of_stacks], self.ranks)
         targets, positions, samples, micro_batches, *counts = (count / self.readers for count in counts)
         events, counts, width = counts[: len(names)], counts[len(names) :], len(StackWork._fields)
         weight = max(sum(result.weight for result in self._results), 1e-12)
@@ -98,8 +99,7 @@ class Meter:
             "targets_per_s": targets / seconds,
             "tokens_per_s": targets * self.vocabulary.levels / seconds,
             "step_s": seconds / len(self._results),
-            "data_wait": waited / self.ranks.world_size / seconds,
-            "padding": sum(self._padding) / len(self._padding),
+            **self._data.report(seconds),
             "model_gflops_per_s": flops / seconds / 1e9,
         }
         if self.routers is not None:
@@ -172,11 +172,10 @@ class Meter:
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
-        self._paused = self._waited = 0.0
+        self._paused = 0.0
         self._targets = self._positions = self._samples = self._micro_batches = 0
         self._events: Counter[str] = Counter()
         self._work = dict.fromkeys(stacks(self.config.model, self.vocabulary), StackWork())
-        self._padding: list[float] = []
         self._results: list[StepResult] = []
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from onetrain.cluster.options import ClusterOptions
 from onetrain.data.options import BatchOptions, DataOptions
+from onetrain.data.stream_options import StreamOptions
 from onetrain.model.options import ConversionOptions, ModelOptions, TokenizerOptions
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 
@@ -81,6 +82,7 @@ class RunConfig:
     data: DataOptions = field(default_factory=DataOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)

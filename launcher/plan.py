@@ -163,7 +163,7 @@ def plan_vocabulary(config: RunConfig) -> tuple[Vocabulary, str, int | None]:
     if config.data.prepared and (folder / MANIFEST).exists() and (folder / "sids").exists():
         from onetrain.launcher.job import PreparedData
 
-        data = PreparedData.open(config, checksum=False)
+        data = PreparedData.open(config)
         return data.vocabulary(config), f"prepared data in {folder}", data.manifest.n_train_events
     lacks = "no prepared data named" if not config.data.prepared else f"no manifest and SIDs in {folder}"
     options = config.model

@@ -181,8 +181,9 @@ def _recomputation(config: RunConfig) -> Variants:
 
 def _micro_batches(config: RunConfig) -> Variants:
     mesh = Mesh.plan(config.cluster.workers, config.parallel)
+    share = -(-mesh.global_batch_size // mesh.data_parallel)
     for size in range(mesh.micro_batch_size - 1, 0, -1):
-        if mesh.samples_per_rank % size == 0:
+        if share % size == 0:
             yield f"parallel.micro_batch_size={size}", _with(config, micro_batch_size=size)
 
 
@@ -198,8 +199,8 @@ def _workers(config: RunConfig) -> Variants:
     for stage in sorted({config.parallel.zero_stage, 3}):
         extra = "" if stage == config.parallel.zero_stage else f"parallel.zero_stage={stage} and "
         for count in (workers * 2**power for power in range(1, 11)):
-            share, rest = divmod(config.parallel.global_batch_size, count)
-            if rest or share == 0:
+            share = config.parallel.global_batch_size // count
+            if share == 0:
                 break
             micro = config.parallel.micro_batch_size
             fitting = None if micro is None else min(micro, share)

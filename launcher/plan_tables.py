@@ -114,8 +114,8 @@ def _batches(plan: Plan) -> Table:
     rows: list[list[Any]] = [["ranks", plan.workers], ["samples (requests) per step", plan.global_batch_size]]
     if plan.mesh is not None:
         rows += [
-            ["samples per rank and step", plan.mesh.samples_per_rank],
-            ["samples per micro batch", plan.mesh.micro_batch_size],
+            ["samples per rank and step, on average", plan.global_batch_size / plan.mesh.data_parallel],
+            ["samples per micro batch, if rows are even", plan.mesh.micro_batch_size],
             ["micro batches accumulated", plan.mesh.accumulation_steps],
         ]
     rows += [

@@ -10,7 +10,6 @@ from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
 from onetrain.model.options import ContrastiveOptions, KSAOptions, ModelOptions, MoEOptions, MTPOptions
 
-ORDER_KEYS = ("max_context", "request_by", "share_context", "target_behaviours", "min_context")
 MAY_CHANGE = {  # of the model: regularisation, initial values, weights and details of losses
     "preset",
     "preset_scale",
@@ -33,15 +32,12 @@ SECTIONS: dict[str, MTPOptions | ContrastiveOptions | MoEOptions] = {
 Json = dict[str, Any]
 
 
-def sample_order(config: RunConfig, data_fingerprint: str) -> Json:
-    """All that decides which sample stands at which position."""
-    batch = {f"batch.{key}": getattr(config.batch, key) for key in ORDER_KEYS}
-    return _as_json({"data_fingerprint": data_fingerprint, "seed": config.seed, **batch})
-
-
 def check_order(saved: Json, now: Json, checkpoint: Path) -> None:
     """Raises ConfigError if the checkpoint's cursor counts samples of another order."""
-    changed = [f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key]]
+    now = _as_json(now)
+    changed = [
+        f"{key} was {saved.get(key)}, now {now.get(key)}" for key in {**now, **saved} if saved.get(key) != now.get(key)
+    ]
     if changed:
         raise ConfigError(
             f"Checkpoint {checkpoint} cannot go on: its cursor has no meaning in another order of samples "

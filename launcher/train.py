@@ -14,9 +14,9 @@ import xxhash
 from torch import nn
 
 from onetrain.data.batch import Batch
-from onetrain.data.order import GlobalOrder
-from onetrain.data.samples import SampleIndex
-from onetrain.data.stream import Step, TrainingStream
+from onetrain.data.cursor import Cursor
+from onetrain.data.steps import StepBuilder
+from onetrain.data.stream import Step
 from onetrain.launcher import conversion
 from onetrain.launcher.checkpoints import Best, folder_of_checkpoints, load_best
 from onetrain.launcher.config import config_difference, load_config, run_folder, save_config
@@ -28,7 +28,8 @@ from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_n
 from onetrain.launcher.lifelong import check_kernels, stack_lines
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
-from onetrain.launcher.resume import check_model, check_order, sample_order
+from onetrain.launcher.resume import check_model, check_order
+from onetrain.launcher.stream import grown, newest_versions, open_stream, sample_order, stream_spec
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.ksa.conversion import distillation_loss
@@ -66,16 +67,18 @@ class _Run:
         self.config, self.ranks, self.overfit = config, ranks, overfit
         self.folder = run_folder(config)
         self.checkpoints = folder_of_checkpoints(self.folder)
-        self.data = PreparedData.open(config, checksum=ranks.is_main)
-        self.builder = self.data.builder(config)  # refuses features and pathways that the data lack
+        self.data = PreparedData.open(config)
+        self.data.builder(config)  # refuses features and pathways that the data lack
         model = build_model(config, self.data)
         conversion.prepare(model, config.conversion)
         self.engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
         self.data_rank = self.engine.mesh.data_rank(ranks.rank)
-        self.cursor = 0
+        self.steps = StepBuilder(stream_spec(config, self.data, self.engine.mesh))
+        self.cursor = Cursor()
         self._restore()
+        self._look_for_growth()
         self.best = load_best(self.folder) if self.engine.step > 0 else None
-        self.stream = self._stream()
+        self.stream = open_stream(self.steps, self.data_rank)
         self.evaluator = Evaluator(self.data, config, "valid")
         self.meter = Meter(config, self.data.vocabulary(config), self.engine)
         self.tracker = self._start_records()
@@ -84,6 +87,7 @@ class _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.stream.close()
         self.tracker.close(0 if error is None else getattr(error, "exit_code", 1))
         self.engine.close()
 
@@ -91,22 +95,23 @@ class _Run:
         """Optimizer steps up to `last_step`, with logs, validations and checkpoints on the way."""
         options = self.config.train
         metrics: dict[str, float] = {"step": self.engine.step}
+        self.wanted_step, self.last_step = last_step, self._within_order(last_step)
         if self.engine.step >= last_step:
             self._say(f"nothing left to do: {self.engine.step} steps are done, and {last_step} were asked for")
-        for step in self._steps(last_step):
+        for step in self._steps():
             with self.meter.step(step):
                 conversion.before_step(self.engine.module, self.config.conversion, self.engine.step)
                 torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.data_rank))
                 result = self.engine.train_step(step.micro_batches, self._loss_of(step), lambda batch: batch.weight)
             self.cursor = step.cursor
-            number, final = self.engine.step, self.engine.step == last_step
+            number, final = self.engine.step, self.engine.step == self.last_step
             self.meter.add(result)
             if number % options.log_every == 0 or final:
                 metrics = {"step": number, **self.meter.report()}
                 blend = conversion.blend_of_step(self.config.conversion, number - 1)
                 metrics |= {} if blend is None else {"conversion_blend": blend}
                 self.tracker.log(number, {name: value for name, value in metrics.items() if name != "step"})
-                self._say(self.meter.line(number, last_step, metrics))
+                self._say(self.meter.line(number, self.last_step, metrics))
             validated = final or (options.evaluate_every > 0 and number % options.evaluate_every == 0)
             if validated or (options.checkpoint_every > 0 and number % options.checkpoint_every == 0):
                 self._save()
@@ -115,14 +120,33 @@ class _Run:
                 self._prune()
         return metrics
 
-    def _steps(self, last_step: int) -> Iterator[Step]:
-        count = max(last_step - self.engine.step, 0)
-        if not self.overfit:
-            yield from self.stream.steps(count, self.cursor)
+    def _steps(self) -> Iterator[Step]:
+        if self.overfit:
+            (only,) = self.stream.steps(1, self.cursor.at(0))
+            while self.engine.step < self.last_step:
+                yield replace(only, waited_s=0.0)  # built once
             return
-        (only,) = self.stream.steps(1, 0)
-        for _ in range(count):
-            yield replace(only, waited_s=0.0)  # built once
+        watch = self.config.stream.watch_every or self.wanted_step
+        while (count := self.last_step - self.engine.step) > 0:
+            yield from self.stream.steps(min(count, watch - self.engine.step % watch), self.cursor)
+            if self.config.stream.watch_every:
+                self._look_for_growth()
+                self.last_step = self._within_order(self.wanted_step)
+
+    def _look_for_growth(self) -> None:
+        """Take up versions that were appended to the sources: from this cursor on, on every rank."""
+        versions = newest_versions(self.steps.sources, self.ranks)
+        if news := grown(self.cursor, versions):
+            self._say(news)
+        self.cursor = self.cursor.updated(versions)
+
+    def _within_order(self, last_step: int) -> int:
+        """The last step there are samples for."""
+        left = self.steps.steps_left(self.cursor)
+        if left is None or self.engine.step + left >= last_step:
+            return last_step
+        self._say(f"the order of time ends after step {self.engine.step + left}, before step {last_step}")
+        return self.engine.step + left
 
     def _loss_of(self, step: Step) -> partial[LossParts]:
         chunk, most_targets = self.config.parallel.loss_chunk, 0
@@ -132,19 +156,6 @@ class _Run:
         distil = self.config.conversion if self.config.conversion.stage == "distil" else None
         return partial(loss_of_batch, device=self.ranks.device, chunk=chunk, most_targets=most_targets, distil=distil)
 
-    def _stream(self) -> TrainingStream:
-        index = SampleIndex(self.data.reader, "train", self.config.batch)
-        mesh = self.engine.mesh
-        return TrainingStream(
-            index=index,
-            order=GlobalOrder(len(index), self.data.manifest.fingerprint, self.config.seed),
-            builder=self.builder,
-            global_batch_size=self.config.parallel.global_batch_size,
-            micro_batches=mesh.accumulation_steps,
-            rank=self.data_rank,
-            world_size=mesh.data_parallel,
-        )
-
     def _restore(self) -> None:
         newest = checkpoints.latest(self.checkpoints)
         if self.config.train.resume == "auto" and newest is not None:
@@ -152,8 +163,8 @@ class _Run:
             self.data.check_sids(state, newest)
             check_order(state["order"], self._order(), newest)
             check_model(state["config"], self.config, newest)
-            self.cursor = checkpoints.load(self.engine, newest)["cursor"]
-            self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor} samples consumed")
+            self.cursor = Cursor.from_json(checkpoints.load(self.engine, newest)["cursor"])
+            self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor.position} samples consumed")
         elif newest is not None:
             raise ConfigError(
                 f"{self.checkpoints} holds checkpoints of an earlier run, and train.resume is never. Choose another "
@@ -168,7 +179,7 @@ class _Run:
             self._say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
 
     def _order(self) -> dict[str, object]:
-        return sample_order(self.config, self.data.manifest.fingerprint)
+        return sample_order(self.config, self.steps.sources)
 
     def _start_records(self) -> Tracker:
         if self.ranks.is_main:
@@ -179,7 +190,7 @@ class _Run:
             (self.folder / "environment.json").write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
         parameters = sum(math.prod(shape) for shape in canonical_shapes(self.engine).values())
         self._say(
-            f"{self.config.name}: {parameters:,} parameters, {len(self.stream.index):,} training samples, "
+            f"{self.config.name}: {parameters:,} parameters, {self.steps.sources.size:,} training samples, "
             f"{self.ranks.world_size} rank(s) on {self.ranks.device.type}, ZeRO {self.config.parallel.zero_stage}, "
             f"{self.config.parallel.precision}, {self.engine.mesh.accumulation_steps} micro batch(es) a step"
         )
@@ -223,7 +234,7 @@ class _Run:
             folder = checkpoints.step_folder(self.checkpoints, self.engine.step)
             state = {
                 "step": self.engine.step,
-                "cursor": self.cursor,
+                "cursor": self.cursor.as_json(),
                 **self.data.fingerprints(),
                 "order": self._order(),
                 "config": asdict(self.config),

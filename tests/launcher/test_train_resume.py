@@ -107,7 +107,7 @@ def test_warm_start_takes_the_weights_alone(tiny):
     for name, value in first.items():
         torch.testing.assert_close(moments[f"exp_avg_sq/{name}"], value * value, rtol=1e-4, atol=1e-20)
     state = json.loads((checkpoint(warm, 1) / "state.json").read_text())
-    assert (state["step"], state["state"]["cursor"]) == (1, 32)
+    assert (state["step"], state["state"]["cursor"]["position"]) == (1, 32)
     assert [record["step"] for record in records(warm)] == [1]
 
     # the run has a checkpoint of its own now, which goes before the warm start

@@ -1,0 +1,84 @@
+"""Wires the stream of training steps: what builds them, where a rank takes them from, and when sources grow."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from onetrain.data.cursor import Cursor
+from onetrain.data.sample_table import ORDER_KEYS
+from onetrain.data.sources import Sources
+from onetrain.data.steps import Cost, StepBuilder, StreamSpec
+from onetrain.data.stream import LocalStream, Stream
+from onetrain.launcher.features import feature_names
+from onetrain.launcher.job import PreparedData
+from onetrain.launcher.lifelong import aligned
+from onetrain.launcher.options import RunConfig
+from onetrain.model.flops import forward_flops
+from onetrain.model.options import Vocabulary
+from onetrain.parallel.mesh import Mesh
+from onetrain.parallel.process_group import Ranks, broadcast_object
+
+
+def stream_spec(config: RunConfig, data: PreparedData, mesh: Mesh) -> StreamSpec:
+    """What any process needs to build the steps of this run on this mesh."""
+    return StreamSpec(
+        prepared=config.data.prepared,
+        stream=config.stream,
+        batch=aligned(config.batch, config.model, len(data.sids.sizes)),
+        features=feature_names(config.model),
+        seed=config.seed,
+        global_batch_size=config.parallel.global_batch_size,
+        micro_batches=mesh.accumulation_steps,
+        ranks=mesh.data_parallel,
+        cost=sample_cost(config, data.vocabulary(config)),
+    )
+
+
+def open_stream(builder: StepBuilder, data_rank: int) -> Stream:
+    """Where this rank takes its steps from."""
+    return LocalStream(builder, data_rank)
+
+
+def sample_cost(config: RunConfig, vocabulary: Vocabulary) -> Cost:
+    """Training FLOPs of a sample of one target by its length: a parabola through three lengths.
+
+    Every pathway is as long as the sample, or as it can be.
+    """
+    flops, longest = forward_flops(config.model, vocabulary), max(vocabulary.pathways.values())
+
+    def cost(length: int) -> float:
+        events = {name: float(min(length, most)) for name, most in vocabulary.pathways.items()}
+        work = flops.work(targets=1, target_positions=0, rows=1, events=events)
+        return flops.training(targets=1, target_positions=work.positions, rows=1, events=events)
+
+    lengths = sorted({0, max(longest // 2, 1), max(longest, 2)})
+    square, linear, fixed = np.polynomial.Polynomial.fit(lengths, [cost(n) for n in lengths], 2).convert().coef[::-1]
+    return Cost(max(float(fixed), 1.0), max(float(linear), 0.0), max(float(square), 0.0))
+
+
+def newest_versions(sources: Sources, ranks: Ranks) -> dict[str, int]:
+    """The newest version of every source, as rank 0 sees them; a collective of all ranks."""
+    newest: dict[str, int] = broadcast_object(sources.newest() if ranks.is_main else None, ranks)
+    sources.extend(newest)
+    return newest
+
+
+def sample_order(config: RunConfig, sources: Sources) -> dict[str, Any]:
+    """All that decides which sample stands at which position, beside the cursor's own updates; as JSON."""
+    batch = asdict(config.batch)
+    return {
+        "seed": config.seed,
+        **{f"data.{key}": value for key, value in sources.contents().items()},
+        **{f"batch.{key}": batch[key] for key in ORDER_KEYS},
+        "stream.order": config.stream.order,
+        "stream.shuffle_window": config.stream.shuffle_window,
+        "stream.mixture": {name: source.parts for name, source in config.stream.mixture.items()},
+    }
+
+
+def grown(cursor: Cursor, versions: dict[str, int]) -> str:
+    """One line on sources that are at other versions from this cursor on, or nothing."""
+    known = cursor.versions()
+    new = [f"{name or 'data.prepared'} at version {v}" for name, v in versions.items() if known.get(name, 0) != v]
+    return f"from sample {cursor.position} on: {', '.join(new)}" if new else ""
