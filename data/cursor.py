@@ -1,4 +1,4 @@
-"""The cursor: all that a checkpoint keeps of the data. Ranks, builders, prefetch and micro batches have no part in it."""
+"""The cursor: all that a checkpoint keeps of the data. Ranks, builders and prefetch have no part in it."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -126,7 +126,7 @@ class SampleIndex:
         self.skipped_shards: tuple[str, ...] = tuple(description["skipped_shards"])
         self._ends = mapped(folder / "ends.bin", np.int64)
         self._samples = mapped(folder / "samples.bin", SAMPLE)
-        self.by_time: Ids | None = mapped(folder / "by_time.bin", np.int64) if by_time else None
+        self.by_time: Ids = mapped(folder / "by_time.bin", np.int64)  # empty unless asked for
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

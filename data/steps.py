@@ -35,7 +35,8 @@ class Cost:
 
     def __call__(self, length: NDArray[np.int64]) -> NDArray[np.float64]:
         """Cost of each of these lengths."""
-        return self.fixed + (self.linear + self.square * length) * length
+        n = length.astype(np.float64)
+        return self.fixed + (self.linear + self.square * n) * n
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ class StreamOptions:
             unit = _gcd(unit, value)
         counts = {name: int(value / unit) for name, value in exact.items()}
         if sum(counts.values()) > MOST_PARTS:
-            parts = ", ".join(str(source.parts) for source in self.mixture.values())
+            parts, length = ", ".join(str(source.parts) for source in self.mixture.values()), sum(counts.values())
             raise ValueError(
-                f"stream.mixture: parts {parts} make a cycle of {sum(counts.values()):,} samples; the most is {MOST_PARTS:,}. Round them"
+                f"stream.mixture: parts {parts} make a cycle of {length:,} samples; the most is {MOST_PARTS:,}. Round them"
             )
         return counts
 
