@@ -90,7 +90,7 @@ class UserTableWriter:
         users["id"] = [user_id(user) for user in batch.column("user").to_pylist()]
         users.tofile(self._files[0])
 
-        buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer is not None]
+        buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer and buffer.size]
         begin = min(buffer.address for buffer in buffers)
         end = max(buffer.address + buffer.size for buffer in buffers)
         record = np.zeros(1, self._batch_dtype)
@@ -98,13 +98,14 @@ class UserTableWriter:
         record["at"], record["size"] = begin - base, end - begin
         record["xxh3"] = xxhash.xxh3_64_intdigest(pa.foreign_buffer(begin, end - begin))
         for name, kind in self._types.items():
-            at, width = batch.column(name).values.buffers()[1].address - base, kind.bit_width // 8
+            values, width = batch.column(name).values.buffers()[1], kind.bit_width // 8
+            at = values.address - base if values.size else 0  # an empty buffer lies nowhere
             if at % width:
                 raise DataError(f"column {name} of record batch {self._n_batches} is not aligned to its type")
             record[name] = at // width
         _, *text = batch.column("user").buffers()
         for name, buffer in zip(USER_TEXT, text, strict=True):
-            record[name] = buffer.address - base
+            record[name] = buffer.address - base if buffer.size else 0
         record.tofile(self._files[1])
         self._rows += batch.num_rows
         self._n_batches += 1

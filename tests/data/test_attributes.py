@@ -145,9 +145,10 @@ def test_batches_carry_attributes(tmp_path):
     assert user_feature_sizes(manifest) == {"user": None, **sizes}
     sids = SidMap(np.zeros((len(table), 3), np.int64), (2, 2, 2), (), manifest.catalogue_fingerprint)
     index = SampleIndex(reader, "train", BatchOptions())
-    samples = [index[number] for number in range(0, len(index), 7)]
+    numbers = range(0, len(index), 7)
+    samples = [index[number] for number in numbers]
     wanted = FeatureNames(("maker",), ("city", "age_years"), (), ("shelf",))
-    batch = BatchBuilder(sids, manifest, items, BatchOptions(), wanted).build(samples)
+    batch = BatchBuilder(sids, manifest, items, BatchOptions(), wanted).build(index.rows(numbers))
     maker, shelf = (table[f"f_{name}"].to_pylist() for name in ("maker", "shelf"))
     for row, sample in enumerate(samples):
         history, target = sample.user.item[sample.start : sample.end], sample.user.item[sample.requests[0].targets[0]]

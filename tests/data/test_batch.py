@@ -11,20 +11,30 @@ import torch
 import xxhash
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from memory_reader import BEHAVIOURS, MANIFEST, SCENARIOS, random_items, random_reader, random_sids, random_user
+from random_shards import (
+    BEHAVIOURS,
+    MANIFEST,
+    SCENARIOS,
+    random_data,
+    random_items,
+    random_reader,
+    random_sids,
+    random_user,
+    store,
+)
 
 from onetrain.data.batch import BatchBuilder
 from onetrain.data.errors import DataError
 from onetrain.data.features import FeatureNames, gap_buckets, number_buckets
 from onetrain.data.options import BatchOptions, PathwayOptions
 from onetrain.data.pathways import Pathway
-from onetrain.data.samples import Request, Sample, SampleIndex
+from onetrain.data.samples import SampleIndex, SampleRows
 
 WEIGHTS = {"buy": 4.0, "view": 0.25}
 OF_REQUESTS = ("scenario", "hour", "weekday", "weekend")
 OF_ITEMS = ("item", "category", "maker")
 OF_EVENTS = (*OF_ITEMS, *OF_REQUESTS, "behaviour", "gap", "watch", "duration", "watched", "x_price")
-EVERYTHING = FeatureNames(("sid", *OF_EVENTS, "age"), ("user",), OF_REQUESTS, ("sid", *OF_ITEMS))
+EVERYTHING = FeatureNames(("sid", *OF_EVENTS, "age"), ("user", "city"), OF_REQUESTS, ("sid", *OF_ITEMS))
 ITEMS = random_items()
 
 
@@ -125,14 +135,23 @@ def batch_options(draw):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(options=batch_options(), seed=st.integers(0, 10_000), levels=st.sampled_from((3, 4)))
-def test_every_value_of_a_batch(options, seed, levels):
-    index = SampleIndex(random_reader(seed), "train", options)
-    numbers = np.random.default_rng(seed).permutation(len(index))[:6].tolist()
-    assume(numbers)
-    samples, sids = [index[number] for number in numbers], random_sids(levels)
+@given(
+    options=batch_options(),
+    seed=st.integers(0, 200),
+    levels=st.sampled_from((3, 4)),
+    longest=st.sampled_from((14, 14, 90)),
+)
+def test_every_value_of_a_batch(options, seed, levels, longest):
+    index = SampleIndex(random_reader(seed, longest=longest), "train", options)
+    numbers = np.random.default_rng(seed).permutation(len(index))[:6]
+    assume(len(numbers))
+    samples, sids = [index[number] for number in numbers.tolist()], random_sids(levels)
     wanted = EVERYTHING if options.share_context == "request" else FeatureNames(OF_EVENTS, request=OF_REQUESTS)
-    batch = BatchBuilder(sids, MANIFEST, ITEMS, options, wanted).build(samples)
+    batch = BatchBuilder(sids, MANIFEST, ITEMS, options, wanted).build(index.rows(numbers))
+    check_batch(batch, samples, sids, options, wanted)
+
+
+def check_batch(batch, samples, sids, options, wanted):
     assert batch.rows == len(samples)
     assert list(batch.sequences) == list(options.pathways)
     for name, columns in batch.sequences.items():
@@ -181,8 +200,8 @@ def check_targets(batch, samples, sids, options, wanted):
         assert tensor.shape == shape
     for row, (sample, expected) in enumerate(zip(samples, targets, strict=True)):
         user = sample.user
-        for name in batch.user:
-            assert int(batch.user[name][row]) == xxhash.xxh3_64_intdigest(user.user.encode()) % 2**63
+        of_user = {"user": xxhash.xxh3_64_intdigest(user.user.encode()) % 2**63, **user.features}
+        assert {name: int(ids_B[row]) for name, ids_B in batch.user.items()} == {n: of_user[n] for n in batch.user}
         for slot in range(shape[1]):
             if slot >= len(expected):
                 for tensor in (*integers, batch.weight_BT, batch.new_day_BT, batch.log_q_BT):
@@ -207,7 +226,7 @@ def check_targets(batch, samples, sids, options, wanted):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10_000), short=st.integers(1, 6), long=st.integers(1, 12), pathway=pathway_options)
+@given(seed=st.integers(0, 200), short=st.integers(1, 6), long=st.integers(1, 12), pathway=pathway_options)
 def test_a_long_pathway_that_skips_goes_on_where_the_short_one_ends(seed, short, long, pathway):
     filters = {name: value for name, value in vars(pathway).items() if name not in ("length", "skip")}
     lengths = {"whole": (short + long, 0), "short": (short, 0), "long": (long, short)}
@@ -218,7 +237,7 @@ def test_a_long_pathway_that_skips_goes_on_where_the_short_one_ends(seed, short,
     index = SampleIndex(random_reader(seed), "train", options)
     assume(len(index))
     builder = BatchBuilder(random_sids(), MANIFEST, ITEMS, options, FeatureNames())
-    batch = builder.build([index[number] for number in range(len(index))])
+    batch = builder.build(index.rows(range(len(index))))
     for row in range(batch.rows):
         index_of = {
             name: columns.index_BN[row, : columns.length_B[row]].tolist() for name, columns in batch.sequences.items()
@@ -234,10 +253,9 @@ def test_the_random_users_reach_every_case():
     seen, empty = {name: Counter() for name in OF_EVENTS}, 0
     for seed in range(40):
         index = SampleIndex(random_reader(seed), "train", options)
-        samples = [index[number] for number in range(len(index))]
-        if not samples:
+        if not len(index):
             continue
-        columns = builder.build(samples).sequences["rare"]
+        columns = builder.build(index.rows(range(len(index)))).sequences["rare"]
         empty += int((columns.length_B == 0).sum())
         for name, ids in columns.features.items():
             real = torch.arange(ids.shape[1]) < columns.length_B[:, None]
@@ -274,11 +292,16 @@ def test_number_buckets_are_monotone_and_symmetric():
 def test_an_aligned_pathway_begins_anew_only_every_few_events(filters):
     """Cut into chunks of 4, an event is always in the same place of the same chunk."""
     user = next(user for seed in range(99) if len(user := random_user(np.random.default_rng(seed), longest=120)) > 90)
-    pathway = Pathway("long", PathwayOptions(length=21, align=4, skip=1, **filters), 50, MANIFEST)
+    pathway, reader = (
+        Pathway("long", PathwayOptions(length=21, align=4, skip=1, **filters), 50, MANIFEST),
+        store([user]).reader,
+    )
     every = [event for event in range(len(user)) if not filters or BEHAVIOURS[user.behaviour[event]] != "buy"]
     begins = []
     for end in range(len(user)):
-        events = pathway.events(Sample(user, 0, (Request((end,), end),))).tolist()
+        place = np.array([end])
+        rows = SampleRows((reader,), *np.zeros((3, 1), np.int64), first_B=place, stop_B=place + 1, end_B=place)
+        events = pathway.events(rows, rows.histories()).place_E.tolist()
         if events:
             begins.append(every.index(events[0]))
             assert events == every[begins[-1] : begins[-1] + len(events)]
@@ -288,11 +311,72 @@ def test_an_aligned_pathway_begins_anew_only_every_few_events(filters):
     assert max(begins) > 16
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 100),
+    length=st.integers(1, 4),
+    skip=st.integers(0, 3),
+    behaviours=st.sampled_from((("buy",), ("buy", "view"))),
+    align=st.sampled_from((None, 1, 2)),
+)
+def test_a_filtered_pathway_looks_back_as_far_as_it_must(seed, length, skip, behaviours, align):
+    """Users whose events of a behaviour lie in one stretch, far from most requests; also in two folders at once."""
+    rng, users = np.random.default_rng(seed), []
+    for number in range(3):
+        user = random_user(rng, f"u{number}", longest=200)
+        stretch = sorted(rng.integers(0, len(user) + 1, 2).tolist())
+        rare = np.arange(len(user)) - stretch[0]
+        behaviour = np.where((rare >= 0) & (rare < stretch[1] - stretch[0]) & (rare % 3 > 0), 0, 1).astype(np.int16)
+        users.append(replace(user, behaviour=behaviour))
+    readers = (store(users[:1], batch_events=50).reader, store(users[1:], batch_events=50).reader)
+    place = [(number, row) for number, row in ((0, 0), (1, 0), (1, 1)) for _ in range(6)]
+    reader_B, row_B = np.array(place).T
+    end_B = np.array([int(rng.integers(0, len(users[number + row]) + 1)) for number, row in place])
+    rows = SampleRows(readers, reader_B, row_B, np.zeros_like(end_B), end_B, end_B, end_B)
+    options = PathwayOptions(length, behaviours, skip=skip, align=align if (align or 1) <= length else None)
+    events = Pathway("rare", options, 50, MANIFEST).events(rows, rows.histories())
+    expected = [
+        chosen(users[number + row], end, options, 50) for (number, row), end in zip(place, end_B.tolist(), strict=True)
+    ]
+    assert events.length_B.tolist() == [len(found) for found in expected]
+    assert events.place_E.tolist() == [event for found in expected for event in found]
+    assert events.column("item").tolist() == [
+        int(users[number + row].item[event])
+        for (number, row), found in zip(place, expected, strict=True)
+        for event in found
+    ]
+
+
+def test_the_samples_of_a_batch_may_lie_in_several_folders():
+    options = BatchOptions(max_context=5, pathways={"a": PathwayOptions(), "b": PathwayOptions(9, ("view",))})
+    indices = [SampleIndex(random_data(seed).reader, "train", options) for seed in (1, 2, 3)]
+    rng, parts = np.random.default_rng(0), []
+    for number, index in enumerate(indices):
+        rows = index.rows(rng.integers(0, len(index), 5))
+        parts.append((np.full(5, number), rows.row_B, rows.start_B, rows.first_B, rows.stop_B, rows.end_B))
+    mixed = rng.permutation(15)
+    columns = [np.concatenate(column)[mixed] for column in zip(*parts, strict=True)]
+    rows = SampleRows(tuple(index.reader for index in indices), *columns)
+    builder = BatchBuilder(random_sids(), MANIFEST, ITEMS, options, EVERYTHING)
+    batch = builder.build(rows)
+    for place in range(15):
+        alone = builder.build(rows[place : place + 1])
+        for name, columns in batch.sequences.items():
+            length = int(alone.sequences[name].length_B[0])
+            assert int(columns.length_B[place]) == length
+            for feature_name, ids_BN in columns.features.items():
+                found = ids_BN[place, :length].tolist()
+                assert found == alone.sequences[name].features[feature_name][0, :length].tolist()
+        assert batch.user["user"][place] == alone.user["user"][0]
+        assert batch.target_item_BT[place, 0] == alone.target_item_BT[0, 0]
+        assert batch.new_day_BT[place, 0] == alone.new_day_BT[0, 0]
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
         (FeatureNames(events=("makr",)), r"'makr' is no feature of an event.*x_price.*Did you mean 'maker'"),
-        (FeatureNames(user=("age_group",)), "'age_group' is no feature of a user in these data; they have user"),
+        (FeatureNames(user=("age_group",)), "'age_group' is no feature of a user in these data; they have user, city"),
         (FeatureNames(request=("item",)), "'item' is no feature of a request .* have scenario, hour, weekday, weekend"),
         (FeatureNames(items=("gap",)), "'gap' is no feature of an item in these data; they have item, category, maker"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from memory_reader import ITEMS, MANIFEST, random_items, random_reader, random_sids
+from random_shards import ITEMS, MANIFEST, random_data, random_items, random_sids
 
 from onetrain.data.batch import BatchBuilder
 from onetrain.data.features import FeatureNames
@@ -22,10 +22,10 @@ from onetrain.model.ranking import ranking_metrics
 BEAUTY = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "amazon14_beauty"
 
 
-def scores(reader):
+def scores(users):
     """Plain counts: training events of every item, and training pairs."""
     popularity, follows = Counter(), Counter()
-    for user in reader.users:
+    for user in users:
         trained = user.item[: user.valid_start].tolist()
         popularity.update(trained)
         follows.update(pairwise(trained))
@@ -36,11 +36,12 @@ def scores(reader):
 @pytest.mark.parametrize("request_by", ["event", "timestamp"])
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_ranks_equal_plain_counting(seed, request_by, split):
-    reader = random_reader(seed, users=15)
-    index = SampleIndex(reader, split, BatchOptions(max_context=3, request_by=request_by))
+    data = random_data(seed, users=15)
+    index = SampleIndex(data.reader, split, BatchOptions(max_context=3, request_by=request_by))
     samples = [index[number] for number in range(len(index))]
-    batch = BatchBuilder(random_sids(), MANIFEST, random_items(), index.options, FeatureNames()).build(samples)
-    floors, (popularity, follows) = Floors(reader, ITEMS), scores(reader)
+    builder = BatchBuilder(random_sids(), MANIFEST, random_items(), index.options, FeatureNames())
+    batch = builder.build(index.rows(range(len(index))))
+    floors, (popularity, follows) = Floors(data.reader, ITEMS), scores(data.users)
     ranks = {name: floors.ranks(name, samples, batch.target_item_BT.numpy()) for name in FLOORS}
     for row, sample in enumerate(samples):
         items = sample.user.item.tolist()

@@ -16,7 +16,7 @@ def test_saved_and_loaded_manifests_are_equal(tmp_path, manifest):
     assert Manifest.load(tmp_path / "prepared") == manifest
     text = (tmp_path / "prepared" / "manifest.json").read_text()
     assert str(tmp_path) not in text
-    assert json.loads(text)["format"] == 2
+    assert json.loads(text)["format"] == 3
 
 
 def test_sid_fingerprint_is_stamped_and_no_part_of_the_fingerprint(tmp_path, manifest):

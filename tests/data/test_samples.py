@@ -1,9 +1,10 @@
-"""Enumeration of samples against a plain reading of the rules, event by event."""
+"""Enumeration of samples against a plain reading of the rules, event by event, over shards of any layout."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_reader import BEHAVIOURS, random_reader
+from random_shards import BEHAVIOURS, random_data, random_reader
 
 from onetrain.data.errors import DataError
 from onetrain.data.options import BatchOptions
@@ -24,6 +25,8 @@ def batch_options(draw, **fixed):
 
 
 def split_of(user, event):
+    if event < user.train_start:
+        return "context only"
     if event < user.valid_start:
         return "train"
     return "valid" if event < user.test_start else "test"
@@ -60,16 +63,22 @@ def expected_samples(user, split, options):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(options=batch_options(), split=st.sampled_from(("train", "valid", "test")), seed=st.integers(0, 10_000))
-def test_samples_are_those_of_the_rules(options, split, seed):
-    reader = random_reader(seed)
-    index = SampleIndex(reader, split, options)
+@given(
+    options=batch_options(),
+    split=st.sampled_from(("train", "valid", "test")),
+    seed=st.integers(0, 300),
+    grown=st.booleans(),
+    by_time=st.booleans(),
+)
+def test_samples_are_those_of_the_rules(options, split, seed, grown, by_time):
+    data = random_data(seed, grown=grown)
+    index = SampleIndex(data.reader, split, options, by_time=by_time)
     found = [index[number] for number in range(len(index))]
-    expected = [(user.user, *sample) for user in reader.users for sample in expected_samples(user, split, options)]
+    expected = [(user.user, *sample) for user in data.users for sample in expected_samples(user, split, options)]
     assert [
         (s.user.user, s.start, [(request.context_end, request.targets) for request in s.requests]) for s in found
     ] == expected
-    requests = [(user.user, *request) for user in reader.users for request in expected_requests(user, split, options)]
+    requests = [(user.user, *request) for user in data.users for request in expected_requests(user, split, options)]
     assert [(s.user.user, r.context_end, r.targets) for s in found for r in s.requests] == requests  # each once
     for sample in found:
         assert 0 <= sample.start < sample.end <= sample.start + options.max_context
@@ -81,10 +90,29 @@ def test_samples_are_those_of_the_rules(options, split, seed):
                 if options.request_by == "timestamp":
                     seen = sample.user.timestamp_ms[: request.context_end]
                     assert (seen < sample.user.timestamp_ms[target]).all()
+    check_rows(index, found, data.users)
+    if by_time:
+        moments = [int(s.user.timestamp_ms[s.requests[-1].targets[0]]) for s in found]
+        assert index.by_time.tolist() == sorted(range(len(found)), key=lambda number: (moments[number], number))
+
+
+def check_rows(index, found, users):
+    """The columns of any samples, in any order and more than once, say what looking at each one says."""
+    ids = np.random.default_rng(0).integers(0, max(len(found), 1), 2 * len(found))
+    rows = index.rows(ids)
+    assert len(rows) == len(ids)
+    for place, number in enumerate(ids.tolist()):
+        sample = found[number]
+        user = users[rows.row_B[place]]
+        assert (user.user, rows.start_B[place], rows.end_B[place]) == (sample.user.user, sample.start, sample.end)
+        targets = [event for request in sample.requests for event in request.targets]
+        allowed = [BEHAVIOURS.index(name) for name in index.options.target_behaviours or BEHAVIOURS]
+        within = range(rows.first_B[place], rows.stop_B[place])
+        assert [event for event in within if user.behaviour[event] in allowed] == targets
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(options=batch_options(share_context="request"), seed=st.integers(0, 10_000))
+@given(options=batch_options(share_context="request"), seed=st.integers(0, 300))
 def test_sharing_contexts_covers_the_same_requests(options, seed):
     reader = random_reader(seed)
     shared = SampleIndex(reader, "train", BatchOptions(**{**vars(options), "share_context": "user"}))

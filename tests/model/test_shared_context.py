@@ -12,7 +12,7 @@ from onetrain.data.features import feature_sizes, user_feature_sizes
 from onetrain.data.item_table import ItemTable
 from onetrain.data.options import BatchOptions, DataOptions, SimulatorOptions, SourceOptions
 from onetrain.data.prepare import prepare
-from onetrain.data.samples import Sample, SampleIndex
+from onetrain.data.samples import SampleIndex, SampleRows
 from onetrain.data.shards import ShardReader
 from onetrain.data.sids import SidMap
 from onetrain.launcher.job import feature_names, model_inputs
@@ -54,12 +54,26 @@ def shop(tmp_path_factory):
     return ShardReader(folder / "prepared", manifest), sids, ItemTable.load(folder / "prepared")
 
 
+def one_at_a_time(index):
+    """Every target of the index as a sample of its own, whose window begins where it began."""
+    samples = [index[number] for number in range(len(index))]
+    rows = index.rows(range(len(index)))
+    columns = [
+        (rows.row_B[place], sample.start, target, target + 1, request.context_end)
+        for place, sample in enumerate(samples)
+        for request in sample.requests
+        for target in request.targets
+    ]
+    row_B, *columns_B = np.array(columns).T
+    return SampleRows(rows.readers, np.zeros_like(row_B), row_B, *columns_B)
+
+
 def loss_and_gradients(model, builder, samples, batches):
     """Of the samples in about equal batches: loss and gradients per unit of weight."""
     model.zero_grad()
     total = weight = 0.0
     for part in np.array_split(np.arange(len(samples)), batches):
-        context, targets = model_inputs(builder.build([samples[number] for number in part]), torch.device("cpu"))
+        context, targets = model_inputs(builder.build(samples[part]), torch.device("cpu"))
         parts = training_loss(model(context, targets), model.options)
         parts.loss.backward()
         total, weight = total + float(parts.loss.detach()), weight + float(parts.weight)
@@ -79,19 +93,13 @@ def test_targets_that_share_a_context_train_as_they_do_one_at_a_time(shop, form,
         behaviour_weights={"view": 0.5, "buy": 3.0},
     )
     index = SampleIndex(reader, "train", shared)
-    samples = [index[number] for number in range(len(index))]
+    samples = index.rows(range(len(index)))
     if max_context == 64:  # a window holds every history, so the two options mean the same
         alone = SampleIndex(reader, "train", dataclasses.replace(shared, share_context="request"))
-        singles = [alone[number] for number in range(len(alone))]
+        singles = one_at_a_time(alone)
     else:  # a later target of a window begins where the window begins
-        singles = [Sample(s.user, s.start, (request,)) for s in samples for request in s.requests]
-    singles = [
-        Sample(s.user, s.start, (dataclasses.replace(request, targets=(target,)),))
-        for s in singles
-        for request in s.requests
-        for target in request.targets
-    ]
-    assert len(singles) == sum(len(request.targets) for s in samples for request in s.requests) > 2 * len(samples)
+        singles = one_at_a_time(index)
+    assert len(singles) == int((samples.stop_B - samples.first_B).sum()) > 2 * len(samples)
     options = ModelOptions(**{**SMALL, **FORMS[form]})
     manifest = reader.manifest
     vocab = Vocabulary(sids.sizes, feature_sizes(manifest, items), shared.pathway_lengths, user_feature_sizes(manifest))
