@@ -84,8 +84,7 @@ def deepspeed_config(options: ParallelOptions, mesh: Mesh, n_parameters: int) ->
         "stage3_prefetch_bucket_size": bucket,
     }
     config: dict[str, Any] = {
-        # ranks that share histories count as data-parallel
-        "train_batch_size": options.global_batch_size * mesh.context_parallel,
+        # DeepSpeed counts steps by these and no samples; their product need not be the global batch
         "train_micro_batch_size_per_gpu": mesh.micro_batch_size,
         "gradient_accumulation_steps": mesh.accumulation_steps,
         "gradient_clipping": options.gradient_clipping if options.zero_stage > 0 else 0.0,

@@ -23,7 +23,8 @@ class Mesh:
     """How many ranks do what.
 
     Every one of `data_parallel` replicas (of `tensor_parallel * context_parallel` ranks each) runs `accumulation_steps`
-    micro batches of its own samples; `expert_parallel` of them share the routed experts.
+    micro batches of its own samples; `expert_parallel` of them share the routed experts. Micro batches may differ in
+    rows, on one rank and between ranks: the loss is divided by the weight of all targets, not by rows.
     """
 
     world_size: int
@@ -31,16 +32,17 @@ class Mesh:
     context_parallel: int
     expert_parallel: int
     data_parallel: int
-    samples_per_rank: int  # of one data rank and optimizer step
-    micro_batch_size: int
+    global_batch_size: int
+    micro_batch_size: int  # the even share of rows, rounded up; at most what the options ask for
     accumulation_steps: int
 
     @classmethod
     def plan(cls, world_size: int, options: ParallelOptions, model: ModelOptions | None = None) -> "Mesh":
-        """Places `world_size` ranks, and spreads `global_batch_size` over the data ranks.
+        """Places `world_size` ranks, and spreads `global_batch_size` over the micro batches of the data ranks.
 
-        With `model` its heads and experts are held against the degrees too. Raises ParallelError, naming the nearest
-        numbers that work, where something does not divide evenly.
+        The batch need not divide evenly, but has a sample for every micro batch. With `model` its heads and experts are
+        held against the degrees too. Raises ParallelError, naming the nearest numbers that work, where something does
+        not fit.
         """
         wish = _Wish(
             world_size,
@@ -53,18 +55,15 @@ class Mesh:
         problem = _problem(wish, model)
         if problem is not None:
             raise ParallelError(_told(wish, model, problem))
-        data = wish.data_parallel
-        share = wish.global_batch_size // data
-        micro = share if wish.micro_batch_size is None else wish.micro_batch_size
         return cls(
-            world_size,
-            wish.tensor_parallel,
-            wish.context_parallel,
-            wish.expert_parallel,
-            data,
-            share,
-            micro,
-            share // micro,
+            world_size=world_size,
+            tensor_parallel=wish.tensor_parallel,
+            context_parallel=wish.context_parallel,
+            expert_parallel=wish.expert_parallel,
+            data_parallel=wish.data_parallel,
+            global_batch_size=wish.global_batch_size,
+            micro_batch_size=-(-wish.global_batch_size // wish.micro_batches),
+            accumulation_steps=wish.accumulation_steps,
         )
 
     @property
@@ -130,6 +129,18 @@ class _Wish:
         return self.world_size // (self.tensor_parallel * self.context_parallel)
 
     @property
+    def accumulation_steps(self) -> int:
+        """Micro batches of a rank: as few as hold its share if none has more rows than asked for."""
+        if self.micro_batch_size is None:
+            return 1
+        return max(-(-self.global_batch_size // (self.data_parallel * self.micro_batch_size)), 1)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, over all data ranks."""
+        return self.data_parallel * self.accumulation_steps
+
+    @property
     def ranks(self) -> str:
         """The ranks that share the batch, in words."""
         if self.data_parallel == self.world_size:
@@ -174,20 +185,18 @@ def _problem(wish: _Wish, model: ModelOptions | None) -> _Problem | None:
         named = " x ".join(f"{name} {getattr(wish, name)}" for name in degrees)
         text = f"parallel.{named} needs a multiple of {needed} ranks, and there are {wish.world_size}"
         return _Problem(4, text, (*degrees, "world_size"))
-    data, total = wish.data_parallel, wish.global_batch_size
-    if data % experts:
+    if wish.data_parallel % experts:
         text = f"parallel.expert_parallel {experts} does not divide the {wish.ranks}"
         return _Problem(5, text, ("expert_parallel", "world_size"))
-    if total < 1 or total % data:
-        text = f"parallel.global_batch_size {total} cannot be spread evenly over {wish.ranks}"
-        return _Problem(6, text, ("global_batch_size", "world_size"))
-    share, micro = total // data, wish.micro_batch_size
-    if micro is not None and (micro < 1 or share % micro):
-        text = (
-            f"parallel.micro_batch_size {micro} does not divide a rank's share of {share} samples "
-            f"(global_batch_size {total} over {wish.ranks})"
-        )
-        return _Problem(7, text, ("micro_batch_size",))
+    total, micro = wish.global_batch_size, wish.micro_batch_size
+    if micro is not None and micro < 1:
+        return _Problem(6, f"parallel.micro_batch_size {micro} holds no sample", ("micro_batch_size",))
+    if total < wish.micro_batches:
+        text = f"parallel.global_batch_size {total} is too small for {wish.ranks}"
+        if wish.accumulation_steps == 1:
+            return _Problem(7, text, ("global_batch_size", "world_size"))
+        text += f" with {wish.accumulation_steps} micro batches each (micro_batch_size {micro})"
+        return _Problem(7, text, ("global_batch_size", "micro_batch_size", "world_size"))
     return None
 
 
@@ -209,10 +218,10 @@ def _told(wish: _Wish, model: ModelOptions | None, problem: _Problem) -> str:
 
 def _ways(wish: _Wish, problem: _Problem, works: Callable[[_Wish], bool]) -> list[str]:
     """Ways out, in words: for each number of the problem its nearest values, below and above, that work."""
-    model_ranks, micro = wish.tensor_parallel * wish.context_parallel, max(wish.micro_batch_size or 1, 1)
+    model_ranks = wish.tensor_parallel * wish.context_parallel
     steps = {
         "world_size": model_ranks * wish.expert_parallel,
-        "global_batch_size": max(wish.world_size // model_ranks, 1) * micro,
+        "global_batch_size": max(wish.world_size // model_ranks, 1),
     }
     ways = []
     for name in problem.numbers:

@@ -14,7 +14,7 @@ class ParallelOptions:
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     global_batch_size: int = 256  # samples per optimizer step, over all ranks; independent of world size
-    micro_batch_size: int | None = None  # samples per rank and forward; None = the rank's whole share
+    micro_batch_size: int | None = None  # samples per rank and forward if rows are even; None = the rank's whole share
     gradient_clipping: float = 1.0  # 0 = off
     offload_optimizer: bool = False
     checkpoint_blocks: Literal["none", "all"] | tuple[int, ...] = "none"  # blocks that recompute their activations

@@ -163,16 +163,18 @@ def test_nothing_fits_on_a_tiny_device():
 
 
 def test_a_layout_that_cannot_be_is_a_problem_and_the_rest_is_still_told():
-    plan = plan_of("onerec_v2", "cluster.workers=7")
+    plan = plan_of("onerec_v2", "cluster.workers=1024")
     assert plan.mesh is None
     assert plan.memory is None
-    assert "cannot be spread evenly over 7 ranks" in plan.problems[0]
+    assert "512 is too small for 1024 ranks" in plan.problems[0]
     assert plan.parameters.total > 1e9
 
 
 def test_batches_add_up():
     plan = plan_of("onerec_v2", "cluster.workers=4", "parallel.micro_batch_size=32")
-    assert (plan.mesh.samples_per_rank, plan.mesh.accumulation_steps) == (128, 4)
+    assert (plan.mesh.global_batch_size, plan.mesh.accumulation_steps) == (512, 4)
+    uneven = plan_of("onerec_v2", "cluster.workers=3", "parallel.micro_batch_size=32").mesh
+    assert (uneven.micro_batch_size, uneven.accumulation_steps) == (29, 6)
 
 
 def test_the_command_prints_tables_and_writes_json(tmp_path):

@@ -175,11 +175,11 @@ def trimmed(batch: Batch) -> Batch:
 
 
 def share(batch: Batch, engine: Engine) -> list[Batch]:
-    """The micro batches of a global batch that this rank runs."""
-    mesh = engine.mesh
-    first, size = mesh.data_rank(engine.ranks.rank) * mesh.samples_per_rank, mesh.micro_batch_size
-    parts = [slice(first + n * size, first + (n + 1) * size) for n in range(mesh.accumulation_steps)]
-    return [trimmed(cut(batch, rows)) for rows in parts]
+    """The micro batches of a global batch that this rank runs; where it does not divide, the first have a row more."""
+    mesh, steps = engine.mesh, engine.mesh.accumulation_steps
+    parts = torch.arange(len(batch[1].weight_BT)).tensor_split(mesh.data_parallel * steps)
+    first = mesh.data_rank(engine.ranks.rank) * steps
+    return [trimmed(cut(batch, slice(int(part[0]), int(part[-1]) + 1))) for part in parts[first : first + steps]]
 
 
 def loss_fn(module: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -74,8 +74,8 @@ def global_batch(step: int, size: int = 8) -> Batch:
 
 
 def share(batch: Batch, rank: int, world_size: int, micro_batches: int) -> list[Batch]:
-    """This rank's micro batches of a global batch."""
-    parts = zip(*(tensor.chunk(world_size * micro_batches) for tensor in batch), strict=True)
+    """This rank's micro batches of a global batch; where it does not divide, the first ones have a row more."""
+    parts = zip(*(tensor.tensor_split(world_size * micro_batches) for tensor in batch), strict=True)
     return list(parts)[rank * micro_batches : (rank + 1) * micro_batches]
 
 

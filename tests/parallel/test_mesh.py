@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,24 @@ def test_the_batch_is_spread_over_data_ranks_only(mesh: Mesh) -> None:
     assert {shares.count(share) for share in range(mesh.data_parallel)} == {
         mesh.tensor_parallel * mesh.context_parallel
     }
-    assert mesh.samples_per_rank == mesh.micro_batch_size * mesh.accumulation_steps
+    assert mesh.global_batch_size == mesh.data_parallel * mesh.micro_batch_size * mesh.accumulation_steps
+
+
+@given(world_size=st.integers(1, 64), batch=st.integers(1, 2000), micro=st.none() | st.integers(1, 40))
+def test_any_batch_with_a_sample_for_every_micro_batch_is_spread(
+    world_size: int, batch: int, micro: int | None
+) -> None:
+    """As few micro batches as hold it, of rows that are even but for one."""
+    options = ParallelOptions(global_batch_size=batch, micro_batch_size=micro)
+    fewest = 1 if micro is None else next(n for n in count(1) if n * world_size * micro >= batch)
+    if batch < world_size * fewest:
+        assert "too small" in str(_complaint(world_size, options, None))
+        return
+    mesh = Mesh.plan(world_size, options)
+    assert (mesh.global_batch_size, mesh.accumulation_steps) == (batch, fewest)
+    rows = [batch // (world_size * fewest) + (n < batch % (world_size * fewest)) for n in range(world_size * fewest)]
+    assert sum(rows) == batch
+    assert mesh.micro_batch_size == max(rows) <= (micro or batch)
 
 
 @settings(max_examples=60, phases=(Phase.explicit, Phase.generate))  # shrinking would search for minutes
@@ -171,8 +188,21 @@ def without_numbers(message: str) -> str:
             r"2 shares .* the model has no pathway of it: set it to 1, or .*model\.ksa\.",
         ),
         (8, {"tensor_parallel": 4}, DENSE, r"4 does not divide the 6 heads of model\.n_heads: set it to 2\."),
-        (2, {"micro_batch_size": 10**6}, None, r"1000000 does not divide .* 120 samples .*: set it to 120\."),
-        (3000, {"micro_batch_size": 7, "global_batch_size": 10**6}, None, r"set it to 987000 or 1008000"),
+        (2, {"micro_batch_size": 0}, None, r"micro_batch_size 0 holds no sample: set it to 1\."),
+        (300, {}, None, r"240 is too small for 300 ranks: set it to 300, or run with 240 ranks\."),
+        (
+            64,
+            {"micro_batch_size": 1},
+            None,
+            r"240 is too small for 64 ranks with 4 micro batches each \(micro_batch_size 1\): set it to 192 or 256, "
+            r"or set parallel\.micro_batch_size to 2, or run with 60 or 80 ranks\.",
+        ),
+        (
+            3000,
+            {"tensor_parallel": 2, "global_batch_size": 1},
+            None,
+            r"for 1500 data ranks \(3000 .*: set it to 1500\.",
+        ),
         (0, {}, None, r"a mesh of 0 ranks cannot be: run with 1 ranks"),
     ],
 )

@@ -1,7 +1,7 @@
 """The engine against a plain single-process torch loop, at every ZeRO stage and on one, two and four ranks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -42,7 +42,12 @@ def pool() -> Iterator[WorkerPool]:
         yield pool
 
 
-def train(ranks: Ranks, cases: list[tuple[ParallelOptions, OptimizerOptions]], steps: int) -> list[tuple]:
+def train(
+    ranks: Ranks,
+    cases: list[tuple[ParallelOptions, OptimizerOptions]],
+    steps: int,
+    cut: Callable[[Batch, int, int, int], list[Batch]] = share,
+) -> list[tuple]:
     """Per case: (loss, gradient norm) of every step, and on rank 0 the final weights."""
     torch.use_deterministic_algorithms(True)
     results = []
@@ -50,7 +55,7 @@ def train(ranks: Ranks, cases: list[tuple[ParallelOptions, OptimizerOptions]], s
         engine = Engine(new_model(ranks.rank), parallel_options, optimizer_options, ranks, TOTAL_STEPS)
         history = []
         for step in range(steps):
-            micro_batches = share(global_batch(step), ranks.rank, ranks.world_size, engine.mesh.accumulation_steps)
+            micro_batches = cut(global_batch(step), ranks.rank, ranks.world_size, engine.mesh.accumulation_steps)
             result = engine.train_step(micro_batches, loss_fn, weight_fn)
             history.append((result.loss, result.grad_norm))
         results.append((history, gather(engine).get(VALUE)))
@@ -95,6 +100,31 @@ def test_four_ranks_of_which_two_are_empty_equal_a_plain_loop() -> None:
     asked = [case for case in cases(4, micro_batches=2) if case[1] is ADAMW]
     with WorkerPool(4, timeout_s=300) as four:
         check_equal_to_plain(four.run(train, asked, STEPS)[0], [options for _, options in asked])
+
+
+def test_three_ranks_that_do_not_divide_the_batch_equal_a_plain_loop() -> None:
+    """3, 3 and 2 rows; or 4, 2 and 2 in two micro batches each."""
+    mixes = [(0, None, SGD), (0, 2, ADAMW), (1, 2, SGD), (2, None, SGD), (3, 2, SGD)]
+    asked = [(replace(PARALLEL, zero_stage=stage, micro_batch_size=micro), of_mix) for stage, micro, of_mix in mixes]
+    with WorkerPool(3) as three:
+        check_equal_to_plain(three.run(train, asked, STEPS)[0], [optimizer for _, optimizer in asked])
+
+
+def unlike_rows(batch: Batch, rank: int, world_size: int, micro_batches: int) -> list[Batch]:
+    """Micro batches of 1 to 8 rows by chance; one that would have none has a row without weight."""
+    g = torch.Generator().manual_seed(int(batch[0].sum()))
+    cuts = torch.randint(len(batch[1]) + 1, (world_size * micro_batches - 1,), generator=g).sort().values
+    parts = list(zip(*(tensor.tensor_split(cuts) for tensor in batch), strict=True))
+    empty = (batch[0][:1], batch[1][:1], torch.zeros(1))
+    return [part if len(part[1]) else empty for part in parts[rank * micro_batches : (rank + 1) * micro_batches]]
+
+
+def test_micro_batches_of_unlike_rows_equal_a_plain_loop(pool: WorkerPool) -> None:
+    parts = [part for step in range(STEPS) for rank in (0, 1) for part in unlike_rows(global_batch(step), rank, 2, 2)]
+    assert len({len(label) for _, label, _ in parts}) > 3
+    assert any(len(label) == 1 and not weight.any() for _, label, weight in parts)
+    asked = cases(2, micro_batches=2)
+    check_equal_to_plain(pool.run(train, asked, STEPS, unlike_rows)[0], [options for _, options in asked])
 
 
 def test_bf16_stages_agree_and_follow_fp32(pool: WorkerPool) -> None:

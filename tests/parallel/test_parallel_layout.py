@@ -22,21 +22,23 @@ def test_plan_spreads_exactly_the_global_batch(world_size: int, micro: int, accu
     options = ParallelOptions(global_batch_size=world_size * micro * accumulation, micro_batch_size=micro)
     mesh = Mesh.plan(world_size, options)
     assert (mesh.data_parallel, mesh.micro_batch_size, mesh.accumulation_steps) == (world_size, micro, accumulation)
-    assert mesh.samples_per_rank == micro * accumulation
 
 
-def test_whole_share_is_the_default_micro_batch() -> None:
-    mesh = Mesh.plan(4, ParallelOptions(global_batch_size=20))
-    assert (mesh.samples_per_rank, mesh.micro_batch_size, mesh.accumulation_steps) == (5, 5, 1)
+@pytest.mark.parametrize(
+    ("world_size", "batch", "micro", "expected"),
+    [(4, 20, None, (5, 1)), (3, 256, None, (86, 1)), (3, 256, 32, (29, 3)), (2, 24, 5, (4, 3)), (2, 24, 99, (12, 1))],
+)
+def test_rows_of_a_micro_batch(world_size: int, batch: int, micro: int | None, expected: tuple[int, int]) -> None:
+    mesh = Mesh.plan(world_size, ParallelOptions(global_batch_size=batch, micro_batch_size=micro))
+    assert (mesh.micro_batch_size, mesh.accumulation_steps) == expected
 
 
 @pytest.mark.parametrize(
     ("world_size", "changes", "message"),
     [
-        (3, {"global_batch_size": 256}, r"256 cannot .* 3 ranks: set it to 255 or 258, or run with 2 or 4 ranks"),
-        (8, {"global_batch_size": 4}, r"4 cannot .* 8 ranks: set it to 8, or run with 4 ranks"),
-        (2, {"global_batch_size": 24, "micro_batch_size": 5}, r"5 does not divide .* 12 samples .* to 4 or 6"),
-        (2, {"global_batch_size": 24, "micro_batch_size": 0}, r"0 does not divide .* set it to 1"),
+        (8, {"global_batch_size": 4}, r"4 is too small for 8 ranks: set it to 8, or run with 4 ranks"),
+        (3, {"global_batch_size": 8, "micro_batch_size": 1}, r"3 micro batches each .*: set it to 6 or 9, or .* to 2"),
+        (2, {"global_batch_size": 24, "micro_batch_size": 0}, r"0 holds no sample: set it to 1"),
     ],
 )
 def test_plan_names_the_nearest_numbers_that_work(world_size: int, changes: dict, message: str) -> None:
@@ -55,7 +57,6 @@ def test_config_follows_our_options() -> None:
         deepspeed={"zero_optimization": {"reduce_bucket_size": 7}, "prescale_gradients": True},
     )
     config = deepspeed_config(options, check_options(options, world_size=2), n_parameters=101)
-    assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 24
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"] == {"enabled": True}
