@@ -26,7 +26,7 @@ Ids = NDArray[np.int64]
 FORMAT = 1
 ORDER_KEYS = ("max_context", "request_by", "share_context", "target_behaviours", "min_context")
 SAMPLE = np.dtype([(name, "<i4") for name in ("start", "first", "stop", "end")])
-_CHUNK_USERS = 1 << 20
+_CHUNK_USERS = 1 << 16
 
 
 def table_key(reader: ShardReader, split: Split, options: BatchOptions) -> str:
