@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onetrain.data.options import DataOptions, PathwayOptions, SourceOptions
+from onetrain.data.stream_options import MixtureOptions
 from onetrain.launcher.config import check, config_difference, load_config, run_folder, save_config
 from onetrain.launcher.config_messages import NAMED, all_keys, dotted
 from onetrain.launcher.errors import ConfigError
@@ -324,6 +325,7 @@ def test_the_documentation_has_every_key_with_its_default():
     defaults = asdict(RunConfig("must be given"))
     expected = {}
     defaults["batch"]["pathways"] = {NAMED: asdict(PathwayOptions())}
+    defaults["stream"]["mixture"] = {NAMED: asdict(MixtureOptions(1)) | {"parts": "required"}}
     defaults["model"]["query_formers"] = {NAMED: asdict(QueryFormerOptions())}
     defaults["model"]["ksa"] = {NAMED: asdict(KSAOptions())}
     for location in all_keys():
