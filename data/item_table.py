@@ -14,6 +14,7 @@ from onetrain.data.categorical import last_categories
 from onetrain.data.manifest import Manifest
 from onetrain.data.schema import item_column
 from onetrain.data.shards import read_items
+from onetrain.data.stream_options import StreamOptions
 
 CATEGORY = "category"
 
@@ -27,9 +28,9 @@ class ItemTable:
     sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "ItemTable":
+    def load(cls, folder: str | os.PathLike[str], options: StreamOptions | None = None) -> "ItemTable":
         """Read the item table of a prepared folder; DataError when it is missing or damaged."""
-        items, attributes = read_items(folder), Manifest.load(folder).item_features
+        items, attributes = read_items(folder, options), Manifest.load(folder).item_features
         features = {name: items.column(item_column(name)).to_numpy().astype(np.int64) for name in attributes}
         sizes = {name: 1 + len(names) for name, names in attributes.items()}
         ids_I, names = last_categories(items.column("categories"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from onetrain.data.errors import DataError
 from onetrain.data.fingerprint import file_checksum
+from onetrain.data.remote import RemoteFolder, is_remote
 
 FORMAT = 3
 FILE_NAME = "manifest.json"
@@ -31,6 +32,8 @@ class Manifest:
 
     `fingerprint` covers users, events, items, attributes, vocabularies and split, and neither paths, dates, shard sizes
     nor the report. `sid_fingerprint` names the SID map made for these items and is no part of `fingerprint`.
+    A version that was appended (data/versions.py) has the fingerprint of the version before it as `parent`; its own
+    covers that too, so that it names everything up to here. Its items are those of the folder.
     """
 
     shards: tuple[StoredFile, ...]
@@ -53,6 +56,7 @@ class Manifest:
     sid_fingerprint: str | None = None
     item_features: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attribute: names of ids 1, 2, ...
     user_features: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    parent: str | None = None
     format: int = FORMAT
 
     @property
@@ -63,9 +67,10 @@ class Manifest:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
         """Read `<folder>/manifest.json`. Raises DataError when it is missing, damaged or of another format."""
-        path = Path(folder) / FILE_NAME
+        remote = RemoteFolder(os.fspath(folder)) if is_remote(folder) else None
+        path = remote.where(FILE_NAME) if remote else Path(os.fspath(folder).removeprefix("file://")) / FILE_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(remote.read(FILE_NAME) if remote else Path(path).read_bytes())
         except FileNotFoundError:
             raise DataError(f"{path} does not exist. Run `onetrain prepare` first, or correct data.prepared.") from None
         except ValueError as error:

@@ -6,6 +6,7 @@ another, that is all; else samples.bin holds a record per sample, and moments.bi
 Legend: U users and E events of a record batch, R requests.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -56,17 +57,13 @@ def build_table(
     """
     if is_plain(options) and not by_time:
         return {"samples": _count_plain(folder, reader, split, options), "skipped_shards": []}
-    samples, skipped = 0, set[str]()
-    bounds = np.append(reader.table.batches["first_row"], reader.n_users).tolist()
-    for begin, end in pairwise(bounds):
-        try:
-            requests = _requests(reader, np.arange(begin, end), split, options)
-        except DamagedShardError as error:
-            if not skip_damaged:
-                raise
-            skipped.add(error.shard)
+    skipped = damaged_shards(reader, range(len(reader.manifest.shards))) if skip_damaged else []
+    samples, bounds = 0, np.append(reader.table.batches["first_row"], reader.n_users).tolist()
+    for (begin, end), shard in zip(pairwise(bounds), reader.table.batches["shard"].tolist(), strict=True):
+        if shard in skipped:
             append(folder / "ends.bin", np.full(end - begin, samples, np.int64))
             continue
+        requests = _requests(reader, np.arange(begin, end), split, options)
         table, last = _samples(requests, options)
         append(folder / "ends.bin", samples + np.cumsum(np.bincount(requests.user_R[last], minlength=end - begin)))
         if not is_plain(options):
@@ -74,7 +71,18 @@ def build_table(
         if by_time:
             append(folder / "moments.bin", requests.moment_R[last])
         samples += len(table)
-    return {"samples": samples, "skipped_shards": sorted(skipped)}
+    return {"samples": samples, "skipped_shards": skipped}
+
+
+def damaged_shards(reader: ShardReader, shards: Iterable[int]) -> list[int]:
+    """Those of these shards that are missing or not what was written; reads all of them."""
+    found = []
+    for shard in shards:
+        try:
+            reader.check(shard)
+        except DamagedShardError:
+            found.append(shard)
+    return found
 
 
 def _count_plain(folder: Path, reader: ShardReader, split: Split, options: BatchOptions) -> int:

@@ -6,6 +6,7 @@ of a user that fit into one window become one sample, in which every target sees
 Legend: B samples.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
+from onetrain.data.fingerprint import json_fingerprint
 from onetrain.data.options import BatchOptions
-from onetrain.data.sample_table import SAMPLE, Split, build_table, is_plain, split_range, table_key
+from onetrain.data.sample_table import (
+    SAMPLE,
+    Split,
+    build_table,
+    damaged_shards,
+    is_plain,
+    split_range,
+    table_key,
+)
 from onetrain.data.shards import Histories, ShardReader, UserSequence
 from onetrain.data.sidecar import default_cache, mapped, sidecar
 from onetrain.data.time_order import build_time_order
 
 Ids = NDArray[np.int64]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,13 +131,32 @@ class SampleIndex:
                 build_time_order(folder)
             return description
 
+        def usable(description: dict[str, Any]) -> bool:
+            """Whole, or without shards that are damaged still."""
+            without = description["skipped_shards"]
+            return not without or (skip_damaged and damaged_shards(reader, without) == without)
+
         folders = [*reader.store.index_folders, (cache or default_cache()) / "index"]
         name = f"{split}-{table_key(reader, split, options)}" + ("-by-time" if by_time else "")
-        folder, description = sidecar(folders, name, build)
-        self.skipped_shards: tuple[str, ...] = tuple(description["skipped_shards"])
+        folder, description = sidecar(folders, name, build, _variant, usable)
+        self._without: list[int] = description["skipped_shards"]
+        if self._without:
+            shards = ", ".join(self.skipped_shards)
+            _log.warning("%s: damaged shards are left out (stream.damaged: skip): %s", reader.store.name, shards)
         self._ends = mapped(folder / "ends.bin", np.int64)
         self._samples = mapped(folder / "samples.bin", SAMPLE)
         self.by_time: Ids = mapped(folder / "by_time.bin", np.int64)  # empty unless asked for
+
+    @property
+    def skipped_shards(self) -> tuple[str, ...]:
+        """Files whose users have no number, because they were damaged when the samples were counted."""
+        return tuple(self.reader.manifest.shards[shard].file for shard in self._without)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the contents that are numbered: the manifest's, unless shards are left out."""
+        own = self.reader.manifest.fingerprint
+        return json_fingerprint([own, "without", self._without]) if self._without else own
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -146,6 +176,17 @@ class SampleIndex:
             start_B, first_B, stop_B, end_B = (record_B[name].astype(np.int64) for name in SAMPLE.names or ())
         return SampleRows((self.reader,), np.zeros_like(row_B), row_B, start_B, first_B, stop_B, end_B)
 
+    def any_readable(self) -> SampleRows | None:
+        """A sample whose shard was not found to be damaged so far; None when there is none."""
+        batches = self.reader.table.batches
+        ends = np.append(batches["first_row"][1:], self.reader.n_users)
+        sound = ~np.isin(batches["shard"], list(self.reader.damaged))
+        for first, end in zip(batches["first_row"][sound].tolist(), ends[sound].tolist(), strict=True):
+            begun = int(self._ends[first - 1]) if first else 0
+            if self._ends[end - 1] > begun:
+                return self.rows([begun])
+        return None
+
     def __getitem__(self, sample_id: int) -> Sample:
         """The sample of this number, to look at; IndexError outside [0, len)."""
         rows = self.rows([sample_id])
@@ -161,3 +202,9 @@ class SampleIndex:
         if self.options.request_by == "event":
             return event
         return int(np.searchsorted(user.timestamp_ms, user.timestamp_ms[event], side="left"))
+
+
+def _variant(description: dict[str, Any]) -> str:
+    """What the name of an index has behind it: nothing when it is whole."""
+    without = description["skipped_shards"]
+    return f"-without-{json_fingerprint(without)}" if without else ""

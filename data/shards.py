@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from onetrain.data.errors import DamagedShardError, DataError
 from onetrain.data.manifest import Manifest
 from onetrain.data.schema import event_types, extra_column, user_column
-from onetrain.data.store import LocalStore, Store, local_folder
+from onetrain.data.store import Stamp, Store, open_store
+from onetrain.data.stream_options import StreamOptions
 from onetrain.data.user_table import USER_TEXT, UserTable
 
 Ids = NDArray[np.int64]
@@ -60,12 +62,12 @@ class ShardReader:
     """All users of a prepared folder under one row number: shard after shard, in the order of the manifest.
 
     Opening reads the user table alone. A shard is opened when one of its users is first asked for, and each record
-    batch is held against its checksum when it is first read; DamagedShardError names the file that is missing,
-    truncated or changed.
+    batch is held against its checksum when it is first read, and again when the file has changed; DamagedShardError
+    names the file that is missing, truncated or changed.
     """
 
     def __init__(self, store: Store | str | os.PathLike[str], manifest: Manifest) -> None:
-        self.store: Store = LocalStore(store) if isinstance(store, str | os.PathLike) else store
+        self.store: Store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.manifest = manifest
         self.types = {name: np.dtype(kind.to_pandas_dtype()) for name, kind in event_types(manifest.extra).items()}
         paths = [self.store.path(stored) for stored in (manifest.user_table, manifest.batch_table)]
@@ -74,8 +76,7 @@ class ShardReader:
             raise DataError(f"{paths[0]} holds {len(self.table.users)} users, the manifest says {manifest.users}.")
         self.damaged: set[int] = set()  # shards found to be missing, truncated or changed
         self._verified = np.zeros(len(self.table.batches), dtype=bool)
-        self._files: dict[int, NDArray[np.uint8]] = {}
-        self._views: dict[tuple[int, np.dtype], NDArray[Any]] = {}
+        self._open: dict[int, _OpenShard] = {}
 
     def __reduce__(self) -> tuple[Callable[..., "ShardReader"], tuple[Any, ...]]:
         return ShardReader, (self.store, self.manifest)
@@ -93,17 +94,26 @@ class ShardReader:
     def locate(self, row_B: Ids) -> Places:
         """Find the users of these rows, and check what is read for the first time."""
         users = self.table.users[row_B]
+        shard_B = self.table.batches["shard"][users["batch"]]
+        for shard in np.unique(shard_B).tolist():
+            self._look_again(shard)
         new = users["batch"][~self._verified[users["batch"]]]
         for batch in np.unique(new).tolist():
             self._verify(batch)
-        return Places(users, self.table.batches["shard"][users["batch"]])
+        return Places(users, shard_B)
+
+    def check(self, shard: int) -> None:
+        """Read all of a shard. Raises DamagedShardError when it is missing or not what was written."""
+        self._look_again(shard)
+        for batch in np.flatnonzero(self.table.batches["shard"] == shard).tolist():
+            self._verify(batch)
 
     def pieces(self, name: str, places: Places, start_B: Ids, stop_B: Ids) -> list[NDArray[Any]]:
         """Of each user the events [start, stop) of one column, as views."""
         kind, batch_B = self.types[name], places.users["batch"]
         begin_B = self.table.batches[name][batch_B] + places.users["begin"]
         shards = places.shard_B.tolist()
-        views = {shard: self._view(shard, kind) for shard in set(shards)}
+        views = {shard: self._shard(shard).view(kind) for shard in set(shards)}
         bounds = zip(shards, (begin_B + start_B).tolist(), (begin_B + stop_B).tolist(), strict=True)
         return [views[shard][begin:end] for shard, begin, end in bounds]
 
@@ -142,7 +152,7 @@ class ShardReader:
     def _user_text(self, row: int, record: Any) -> str:
         batch = self.table.batches[record["batch"]]
         offsets, data = (int(batch[name]) for name in USER_TEXT)
-        file, local = self._file(int(batch["shard"])), row - int(batch["first_row"])
+        file, local = self._shard(int(batch["shard"])).bytes, row - int(batch["first_row"])
         begin, end = file[offsets + 4 * local : offsets + 4 * local + 8].view("<i4")
         return file[data + begin : data + end].tobytes().decode()
 
@@ -150,33 +160,70 @@ class ShardReader:
         record = self.table.batches[batch]
         shard, at, size = int(record["shard"]), int(record["at"]), int(record["size"])
         stored = self.manifest.shards[shard]
-        found = xxhash.xxh3_64_intdigest(self._file(shard)[at : at + size].data)
-        if found != int(record["xxh3"]):
-            self.damaged.add(shard)
-            raise DamagedShardError(
-                f"{self.store.name}/{stored.file} is damaged: bytes {at} to {at + size} are not those that were written "
-                "(checksum). Copy it again or run `onetrain prepare` again; with stream.damaged: skip a run goes on "
-                "without its samples.",
-                stored.file,
-            )
-        self._verified[batch] = True
+        for _ in range(2):
+            found = xxhash.xxh3_64_intdigest(self._shard(shard).bytes[at : at + size].data)
+            if found == int(record["xxh3"]):
+                self._verified[batch] = True
+                return
+            if not self.store.mend(stored):
+                break
+            self._open.pop(shard, None)
+        self.damaged.add(shard)
+        raise DamagedShardError(
+            f"{self.store.name}/{stored.file} is damaged: bytes {at} to {at + size} are not those that were written "
+            "(checksum). Copy it again or run `onetrain prepare` again; with stream.damaged: skip a run goes on "
+            "without its samples.",
+            stored.file,
+        )
 
-    def _file(self, shard: int) -> NDArray[np.uint8]:
-        if shard not in self._files:
+    def _look_again(self, shard: int) -> None:
+        """Let go of a shard whose file is gone or has changed since it was opened."""
+        shown = self._open.get(shard)
+        if shown is not None and self.store.stamp(shown.path) != shown.stamp:
+            self._open.pop(shard, None)
+            self._verified[self.table.batches["shard"] == shard] = False
+
+    def _shard(self, shard: int) -> "_OpenShard":
+        shown = self._open.get(shard)
+        if shown is None:
+            for other in list(self._open):  # copies that made room on the disk take theirs until they are let go
+                self._look_again(other)
             try:
-                path = self.store.path(self.manifest.shards[shard])
+                shown = self._open[shard] = self._opened(shard)
             except DamagedShardError:
                 self.damaged.add(shard)
                 raise
-            self._files[shard] = np.asarray(np.memmap(path, np.uint8, mode="r"))
-        return self._files[shard]
+        return shown
 
-    def _view(self, shard: int, kind: np.dtype) -> NDArray[Any]:
-        key = (shard, kind)
-        if key not in self._views:
-            file = self._file(shard)
-            self._views[key] = file[: len(file) // kind.itemsize * kind.itemsize].view(kind)
-        return self._views[key]
+    def _opened(self, shard: int) -> "_OpenShard":
+        stored = self.manifest.shards[shard]
+        while True:
+            path = self.store.path(stored)
+            stamp = self.store.stamp(path)
+            try:
+                found = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            except (FileNotFoundError, ValueError):  # made room for another copy, or was emptied: `path` looks again
+                continue
+            if stamp is not None and len(found) == stored.bytes:
+                return _OpenShard(path, stamp, found)
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A mapped shard: its bytes, and the same as values of any type."""
+
+    path: Path
+    stamp: Stamp
+    bytes: NDArray[np.uint8]
+    views: dict[np.dtype, NDArray[Any]] = field(default_factory=dict)
+
+    def view(self, kind: np.dtype) -> NDArray[Any]:
+        """As values of one type."""
+        found = self.views.get(kind)
+        if found is None:
+            found = self.bytes[: len(self.bytes) // kind.itemsize * kind.itemsize].view(kind)
+            self.views[kind] = found
+        return found
 
 
 class Histories:
@@ -206,17 +253,15 @@ class Histories:
         return values
 
 
-def read_items(folder: str | os.PathLike[str]) -> pa.Table:
+def read_items(folder: str | os.PathLike[str], options: StreamOptions | None = None) -> pa.Table:
     """The item table of a prepared folder, memory-mapped; row number = item index.
 
     Columns: item, text, categories, embedding (only if the source has one), f_<name> (int32) of every item attribute,
-    train_count.
+    train_count. `options` say where copies of a remote folder's files are kept.
     """
-    path = local_folder(folder) / "items.arrow"
+    path = open_store(folder, options).path(Manifest.load(folder).items)
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist. Run `onetrain prepare` first.") from None
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is no Arrow file ({error}). Run `onetrain prepare` again.") from error

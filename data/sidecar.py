@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
 
+Description = dict[str, Any]
 DESCRIPTION = "description.json"  # written last: what it says of the files beside it is true
 
 
@@ -21,15 +22,26 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onetrain"
 
 
-def sidecar(folders: Sequence[Path], name: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """The folder `name` in the first of `folders` that has it, else built in the first that can be written.
+def sidecar(
+    folders: Sequence[Path],
+    name: str,
+    build: Callable[[Path], Description],
+    variant: Callable[[Description], str] = lambda description: "",
+    usable: Callable[[Description], bool] = lambda description: True,
+) -> tuple[Path, Description]:
+    """The folder `name`, or else a variant of it, in the first of `folders` that has one that is `usable`; else built
+    in the first that can be written, and named `name` + `variant(description)`.
 
     `build(folder)` writes files and returns their description. Processes may build at the same time: one result stays.
     Raises DataError when none of the folders can be written.
     """
-    for folder in folders:
-        if (folder / name / DESCRIPTION).is_file():
-            return folder / name, json.loads((folder / name / DESCRIPTION).read_text(encoding="utf-8"))
+    there = [folder / name for folder in folders]
+    there += [path for folder in folders for path in sorted(folder.glob(f"{name}-*"))]
+    for path in there:
+        if (path / DESCRIPTION).is_file():
+            description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+            if path.name == name + variant(description) and usable(description):
+                return path, description
     problems = []
     for folder in folders:
         try:
@@ -42,12 +54,13 @@ def sidecar(folders: Sequence[Path], name: str, build: Callable[[Path], dict[str
             description = build(staging)
             (staging / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
             staging.chmod(0o755)  # mkdtemp's folder is private
+            path = folder / (name + variant(description))
             try:
-                os.rename(staging, folder / name)
+                os.rename(staging, path)
             except OSError:  # another process was faster
-                if not (folder / name / DESCRIPTION).is_file():
+                if not (path / DESCRIPTION).is_file():
                     raise
-            return folder / name, description
+            return path, description
         except OSError as error:
             problems.append(f"{folder}: {error.strerror}")
         finally:

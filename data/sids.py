@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -22,6 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import Manifest
+from onetrain.data.store import LocalStore, open_store
+from onetrain.data.stream_options import StreamOptions
 
 FORMAT = 1
 TENSORS = "sids.safetensors"
@@ -82,15 +85,15 @@ class SidMap:
             shutil.rmtree(staging, ignore_errors=True)
 
     @staticmethod
-    def load(folder: str) -> "SidMap":
-        """Read the map in `folder`. DataError when there is none, or when its contents are not what was written."""
-        source = Path(folder)
+    def load(folder: str, options: StreamOptions | None = None) -> "SidMap":
+        """Read the map in `folder`. DataError when there is none, or when its contents are not what was written.
+
+        `options` say where copies of a remote folder's files are kept.
+        """
         again = "run `onetrain tokenize` again"
-        if not (source / DESCRIPTION).exists():
-            raise DataError(f"no SID map in {folder} ({DESCRIPTION} is missing); run `onetrain tokenize` first")
         try:
-            description = json.loads((source / DESCRIPTION).read_text())
-            tensors = load_file(source / TENSORS)
+            description, path = _files(folder, options)
+            tensors = load_file(path)
             if description["format"] != FORMAT:
                 raise DataError(f"the SID map in {folder} has format {description['format']}, not {FORMAT}; {again}")
             recorded = description["fingerprint"]
@@ -122,6 +125,19 @@ class SidMap:
                 f"foreign SID map: it has fingerprint {self.fingerprint}, the manifest names {stamped}; "
                 "run `onetrain tokenize` on these data"
             )
+
+
+def _files(folder: str, options: StreamOptions | None) -> tuple[dict[str, Any], Path]:
+    """The map's description, and the local file of its tensors. DataError when there is no map."""
+    store = open_store(folder, options)
+    try:
+        text = (store.folder / DESCRIPTION).read_bytes() if isinstance(store, LocalStore) else store.read(DESCRIPTION)
+    except FileNotFoundError:
+        raise DataError(f"no SID map in {folder} ({DESCRIPTION} is missing); run `onetrain tokenize` first") from None
+    description = json.loads(text)
+    if isinstance(store, LocalStore):
+        return description, store.folder / TENSORS
+    return description, store.copy(TENSORS, str(description["fingerprint"]))
 
 
 def _replace_folder(new: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ class Source:
     @property
     def fingerprints(self) -> tuple[str, ...]:
         """Of the contents up to each version."""
-        return tuple(index.reader.manifest.fingerprint for index in self.indices)
+        return tuple(index.fingerprint for index in self.indices)
 
 
 class Sources:
@@ -90,7 +90,7 @@ class Sources:
 
     def newest(self) -> dict[str, int]:
         """The newest version there is of every source; looks at the folders."""
-        return {source.name: newest_version(source.folder) for source in self.sources}
+        return {source.name: newest_version(source.folder, len(source.indices) - 1) for source in self.sources}
 
     @property
     def size(self) -> int:
@@ -100,7 +100,7 @@ class Sources:
     def contents(self) -> dict[str, str]:
         """What each source's first version holds: fingerprint of its manifest, and number of samples."""
         first = {source.name: source.indices[0] for source in self.sources}
-        return {name: f"{index.reader.manifest.fingerprint}, {len(index)} samples" for name, index in first.items()}
+        return {name: f"{index.fingerprint}, {len(index)} samples" for name, index in first.items()}
 
     def extend(self, versions: dict[str, int]) -> None:
         """Open every version up to these. DataError for one that does not follow from the version before."""
@@ -137,6 +137,18 @@ class Sources:
                 for column, values in zip(columns, own, strict=True):
                     column[here] = values
         return SampleRows(readers, reader_B, *columns)
+
+    def any_readable(self) -> SampleRows:
+        """One sample of a shard that nothing is known to be wrong with. DataError when there is none."""
+        for source in self.sources:
+            for index in source.indices:
+                rows = index.any_readable()
+                if rows is not None:
+                    return rows
+        raise DataError(
+            f"Every shard with samples in {', '.join(source.folder for source in self.sources)} is damaged or missing. "
+            "Copy the folder again or run `onetrain prepare` again."
+        )
 
     @cached_property
     def _parts(self) -> "_Parts":

@@ -3,6 +3,7 @@
 Legend: G samples of the global batch, B of a micro batch.
 """
 
+import logging
 import time
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,6 +24,8 @@ from onetrain.data.sharing import share_out
 from onetrain.data.sids import SidMap
 from onetrain.data.sources import Sources
 from onetrain.data.stream_options import StreamOptions
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,12 @@ class StepBuilder:
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
         self.sources = Sources(spec.prepared, spec.stream, spec.batch, spec.seed)
-        sids = SidMap.load(f"{spec.prepared}/sids")
+        sids = SidMap.load(f"{spec.prepared}/sids", spec.stream)
         self.builder = BatchBuilder(
-            sids, self.sources.manifest, ItemTable.load(spec.prepared), spec.batch, spec.features
+            sids, self.sources.manifest, ItemTable.load(spec.prepared, spec.stream), spec.batch, spec.features
         )
         self._order = lru_cache(maxsize=4)(self.sources.order)
+        self._warned: set[str] = set()
 
     def order(self, cursor: Cursor) -> GlobalOrder:
         """The order that the cursor belongs to."""
@@ -137,14 +141,17 @@ class StepBuilder:
                 if len(readable):
                     return self.builder.build(rows[readable]), len(readable)
                 return self._placeholder(rows), 0
-            except DamagedShardError:
+            except DamagedShardError as error:
                 if self.spec.stream.damaged == "error":
                     raise
+                if str(error) not in self._warned:
+                    self._warned.add(str(error))
+                    _log.warning("Samples of a damaged shard are left out (stream.damaged: skip). %s", error)
 
     def _placeholder(self, rows: SampleRows) -> Batch:
         """A micro batch that counts for nothing: every rank computes as many."""
-        spare = np.flatnonzero(rows.readable())[:1]
-        batch = self.builder.build(rows[spare])
+        spare = rows[rows.readable()][:1]
+        batch = self.builder.build(spare if len(spare) else self.sources.any_readable())
         return replace(batch, weight_BT=torch.zeros_like(batch.weight_BT))
 
 

@@ -13,7 +13,7 @@ from onetrain.data.errors import DataError
 from onetrain.data.options import LifelongOptions, SimulatorOptions, SourceOptions
 from onetrain.data.readers import columns
 from onetrain.data.readers.source import Source
-from onetrain.data.shards import local_folder
+from onetrain.data.store import local_folder
 
 OPTIONS_FILE = "simulator.json"  # written last: what the logs of this folder were made from
 VERSION = 2  # of the shop. 2: users.parquet, and the items' maker; logs of earlier versions are written again
