@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrain.data.cursor import Update
-from onetrain.data.errors import DataError
 from onetrain.data.permutation import key_of, permute_in_windows
 
 Ids = NDArray[np.int64]
@@ -230,12 +229,3 @@ class GlobalOrder:
 def source_updates(updates: Sequence[Update], name: str, cycle: Cycle, number: int) -> tuple[tuple[int, int], ...]:
     """A cursor's updates of one source, at positions of that source's own order."""
     return tuple((cycle.before(u.position, number), u.version) for u in updates if u.source == name)
-
-
-def check_not_empty(samples: int, where: str) -> None:
-    """Raises DataError for a source without samples."""
-    if samples < 1:
-        raise DataError(
-            f"There is no training sample in {where}. Look at batch.target_behaviours, batch.min_context and "
-            "data.split, and at the preparation report."
-        )

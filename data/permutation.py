@@ -33,8 +33,8 @@ def permute(index: Ids, n: int, key: int) -> Ids:
 def permute_in_windows(index: Ids, n: int, key: int, window: int | None) -> Ids:
     """The same, where each run of `window` indices has images from few contiguous pieces of [0, n); None = `permute`.
 
-    [0, n) is cut into pieces of window / BLOCKS; the pieces are permuted, and every BLOCKS of them are one window,
-    inside which images are permuted. What is left over at the end of [0, n) belongs to the last window.
+    [0, n) is cut into pieces of window / BLOCKS; the pieces are permuted, and as many of them as fit (about BLOCKS) are
+    one window, inside which images are permuted. What is left over at the end of [0, n) belongs to the last window.
     """
     if window is None or window >= n:
         return permute(index, n, key)
