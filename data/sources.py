@@ -97,10 +97,17 @@ class Sources:
         """Samples of all versions of all sources."""
         return sum(source.sizes[-1] for source in self.sources)
 
-    def contents(self) -> dict[str, str]:
-        """What each source's first version holds: fingerprint of its manifest, and number of samples."""
-        first = {source.name: source.indices[0] for source in self.sources}
-        return {name: f"{index.fingerprint}, {len(index)} samples" for name, index in first.items()}
+    def contents(self, versions: dict[str, int]) -> dict[str, list[str]]:
+        """What each source holds up to its version: fingerprint and number of samples of every version.
+
+        Raises DataError for a version that is not there.
+        """
+        self.extend(versions)
+        found = {}
+        for source in self.sources:
+            indices = source.indices[: versions.get(source.name, 0) + 1]
+            found[source.name] = [f"{index.fingerprint}, {len(index)} samples" for index in indices]
+        return found
 
     def extend(self, versions: dict[str, int]) -> None:
         """Open every version up to these. DataError for one that does not follow from the version before."""

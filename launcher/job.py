@@ -36,7 +36,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, config: RunConfig) -> "PreparedData":
-        """Open the folder data.prepared; DataError for what is missing or foreign. Shards are checked when first read."""
+        """Open the folder data.prepared; DataError for what is missing or foreign. Shards are checked when read."""
         folder = Path(config.data.prepared)
         manifest = Manifest.load(folder)
         sids = SidMap.load(str(folder / "sids"))

@@ -64,12 +64,12 @@ def newest_versions(sources: Sources, ranks: Ranks) -> dict[str, int]:
     return newest
 
 
-def sample_order(config: RunConfig, sources: Sources) -> dict[str, Any]:
-    """All that decides which sample stands at which position, beside the cursor's own updates; as JSON."""
+def sample_order(config: RunConfig, sources: Sources, cursor: Cursor) -> dict[str, Any]:
+    """All that decides which sample stands at which position, beside the cursor itself; as JSON."""
     batch = asdict(config.batch)
     return {
         "seed": config.seed,
-        **{f"data.{key}": value for key, value in sources.contents().items()},
+        **{f"contents of {name or 'data.prepared'}": v for name, v in sources.contents(cursor.versions()).items()},
         **{f"batch.{key}": batch[key] for key in ORDER_KEYS},
         "stream.order": config.stream.order,
         "stream.shuffle_window": config.stream.shuffle_window,

@@ -161,9 +161,10 @@ class _Run:
         if self.config.train.resume == "auto" and newest is not None:
             state = checkpoints.read_state(newest)
             self.data.check_sids(state, newest)
+            self.cursor = Cursor.from_json(state["cursor"])
             check_order(state["order"], self._order(), newest)
             check_model(state["config"], self.config, newest)
-            self.cursor = Cursor.from_json(checkpoints.load(self.engine, newest)["cursor"])
+            checkpoints.load(self.engine, newest)
             self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor.position} samples consumed")
         elif newest is not None:
             raise ConfigError(
@@ -179,7 +180,7 @@ class _Run:
             self._say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
 
     def _order(self) -> dict[str, object]:
-        return sample_order(self.config, self.steps.sources)
+        return sample_order(self.config, self.steps.sources, self.cursor)
 
     def _start_records(self) -> Tracker:
         if self.ranks.is_main:
