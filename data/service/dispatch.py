@@ -1,0 +1,229 @@
+"""Requests of one client to a pool's builders: spread, sent again when a builder fails, watched when it is late."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from onetrain.data.cursor import Cursor
+from onetrain.data.errors import DataError
+from onetrain.data.service.groups import find_actor
+from onetrain.data.service.messages import Member, Report, pool_name
+from onetrain.data.steps import BuiltStep, StreamSpec
+
+LOOK_S = 0.2  # between looks at what is late, while waiting
+REPORT_S = 1.0  # between reports to the pool
+AVOID_S = (
+    10.0  # a builder that failed is avoided for so long, unless the pool sees it alive before, or there is no other
+)
+AGAIN_S = 0.5  # between requests to builders that fail, when there is no other
+STATUS_TIMEOUT_S = 1.0
+
+
+@dataclass(eq=False)
+class Request:
+    """A step that was asked for, of one builder or, after failures and stalls, of several."""
+
+    cursor: Cursor
+    asked: dict[Any, str] = field(default_factory=dict)  # builder's name of every call on its way
+    built: BuiltStep | None = None
+    error: BaseException | None = None
+    stalls: int = 0  # times that it was found late
+    asked_at: float = float("-inf")
+
+    @property
+    def done(self) -> bool:
+        """Whether there is an answer."""
+        return self.built is not None or self.error is not None
+
+
+class Dispatcher:
+    """Keeps requests going, on the thread of its caller. DataError if there is no pool for this run."""
+
+    def __init__(self, run: str, spec: StreamSpec, rank: int, warn: Callable[[str], None]) -> None:
+        self._pool = find_actor(pool_name(run))
+        if self._pool is None:
+            raise DataError(
+                f"there is no data service for the run {run!r} on this Ray cluster (no actor {pool_name(run)}). "
+                "It lives as long as the `onetrain train` that started it; set stream.service.actors to 0 to do without."
+            )
+        self._spec, self._rank, self._warn = spec, rank, warn
+        self._service = spec.stream.service
+        self._members: dict[str, Member] = {}
+        self._requests: list[Request] = []
+        self._late: dict[Any, str] = {}  # calls whose step another builder delivered first
+        self._failed: dict[str, float] = {}  # builders that failed, and when
+        self._stalled: dict[str, int] = {}  # builders that were late, and their process
+        self._report: Any = None
+        self._reported_at = self._learned_at = time.monotonic()
+        self._waited = 0.0  # since the last report
+        self._messages: list[str] = []
+        self._turn = rank
+
+    def ask(self, cursor: Cursor) -> Request:
+        """Request the step that begins at the cursor."""
+        request = Request(cursor)
+        self._requests.append(request)
+        self._send(request)
+        return request
+
+    def take(self, request: Request) -> tuple[BuiltStep, float]:
+        """Wait for a requested step; returns it and the seconds of waiting. Raises what building it raised.
+
+        Raises DataError when it is later than stream.service.give_up_s.
+        """
+        begun = before = time.perf_counter()
+        self.look(0.0)
+        while not request.done:
+            late = time.perf_counter() - begun
+            if late >= self._service.give_up_s:
+                raise DataError(
+                    f"{self._late_line(request, late)}. stream.service.give_up_s is over; look at that shard's disk or "
+                    "store, at the actor's node, and for free resources."
+                )
+            if late >= (request.stalls + 1) * self._service.stall_warning_s:
+                self._stall(request, late)
+            self.look(min(LOOK_S, self._service.stall_warning_s, self._service.give_up_s))
+            now = time.perf_counter()
+            self._waited, before = self._waited + now - before, now
+        self.forget([request])
+        if request.error is not None:
+            raise request.error
+        assert request.built is not None
+        return request.built, time.perf_counter() - begun
+
+    def forget(self, requests: list[Request]) -> None:
+        """Requests whose answers nobody wants any more."""
+        for request in requests:
+            self._late |= request.asked
+            if not request.done:
+                for ref in request.asked:
+                    with contextlib.suppress(RayError, ValueError):
+                        ray.cancel(ref)  # where it has not begun
+        self._requests = [request for request in self._requests if request not in requests]
+
+    def look(self, wait_s: float) -> None:
+        """Take what has arrived, wait for something so long if nothing has, and see to what failed."""
+        calls = {ref: request for request in self._requests for ref in request.asked}
+        refs = [*calls, *self._late, *([] if self._report is None else [self._report])]
+        if not refs:
+            time.sleep(wait_s)
+        else:
+            ready, _ = ray.wait(refs, num_returns=1 if wait_s else len(refs), timeout=wait_s)
+            for ref in ready:
+                if ref in calls:
+                    self._answer(calls[ref], ref)
+                elif ref in self._late:
+                    self._delivers(self._late.pop(ref))
+                else:
+                    self._learn(ref)
+        for request in self._requests:
+            if not request.done and not request.asked:
+                self._send(request)
+        self._tell()
+
+    def _answer(self, request: Request, ref: Any) -> None:
+        name = request.asked.pop(ref, "")
+        try:
+            built = ray.get(ref).open()
+        except RayTaskError as error:
+            if not request.done:
+                request.error = error.cause if isinstance(error.cause, Exception) else error
+                request.error.add_note(f"raised by the data service's actor {self._members.get(name, name)}: {error}")
+        except RayError:
+            self._failed[name] = time.monotonic()
+            return
+        else:
+            request.built = request.built or built
+        self._delivers(name)
+        self._late |= request.asked
+        request.asked = {}
+
+    def _delivers(self, name: str) -> None:
+        self._stalled.pop(name, None)
+
+    def _send(self, request: Request, besides: tuple[str, ...] = ()) -> bool:
+        """Ask the best builder that is not among `besides`; False if there is none."""
+        now = time.monotonic()
+        self._failed = {name: at for name, at in self._failed.items() if now - at < AVOID_S}
+        avoided = self._failed.keys() | self._stalled.keys()
+        names = sorted(self._members.keys() - set(besides))
+        good = [name for name in names if name not in avoided]
+        if not good and (besides or now - request.asked_at < AGAIN_S):
+            return False
+        busy = Counter([name for request in self._requests for name in request.asked.values()])
+        busy.update(self._late.values())
+        turned = [(good or names)[(self._turn + n) % len(good or names)] for n in range(len(good or names))]
+        if not turned:
+            return False
+        name = min(turned, key=lambda name: busy[name])
+        self._turn, request.asked_at = self._turn + 1, now
+        ref = self._members[name].actor.build.remote(self._spec, request.cursor, self._rank)
+        request.asked[ref] = name
+        return True
+
+    def _stall(self, request: Request, late: float) -> None:
+        """Say who is late and where; what was asked of these builders is also asked of others."""
+        request.stalls += 1
+        slow = tuple(request.asked.values())
+        line = self._late_line(request, late)
+        for name in slow:
+            self._stalled[name] = self._members[name].status.pid if name in self._members else 0
+        moved = [
+            self._send(other, tuple(other.asked.values()))
+            for other in self._requests
+            if not other.done and set(other.asked.values()) & set(slow)
+        ]
+        others = sorted(set(request.asked.values()) - set(slow))
+        line += f"; {', '.join(others)} builds it too" if any(moved) and others else "; there is no other builder"
+        if request.stalls == 1 or any(moved):
+            self._warn(line)
+            if self._rank:  # only data rank 0's output is shown
+                self._messages.append(line)
+
+    def _late_line(self, request: Request, late: float) -> str:
+        step = f"the step at position {request.cursor.position} of data rank {self._rank} is {late:.1f} s late"
+        asked = list(request.asked.values())
+        if not asked:
+            return f"{step}: no builder of the data service answers ({len(self._members)} known)"
+        return f"{step}: {'; '.join(map(self._describe, asked))}"
+
+    def _describe(self, name: str) -> str:
+        """A builder, and what it is at: by its own word, or by the last that the pool heard of it."""
+        member = self._members.get(name)
+        if member is None:
+            return f"{name} is gone"
+        try:
+            return f"{member} is {ray.get(member.actor.status.remote(), timeout=STATUS_TIMEOUT_S)}"
+        except (RayError, GetTimeoutError):
+            ago = member.age_s + time.monotonic() - self._learned_at
+            return f"{member} does not answer; {ago:.1f} s ago it was {member.status}"
+
+    def _tell(self) -> None:
+        """Report to the pool, if it is time and the last report has arrived."""
+        now = time.monotonic()
+        if self._report is not None or now - self._reported_at < (REPORT_S if self._members else LOOK_S):
+            return
+        report = Report(self._rank, now - self._reported_at, self._waited, tuple(self._messages))
+        self._report, self._reported_at, self._waited = self._pool.report.remote(report), now, 0.0
+        self._messages = []
+
+    def _learn(self, ref: Any) -> None:
+        """The pool's answer: the builders there are."""
+        self._report = None
+        try:
+            members = ray.get(ref)
+        except RayError:
+            return  # it restarts
+        self._learned_at = now = time.monotonic()
+        self._members = {member.name: member for member in members}
+        for name, member in self._members.items():
+            if now - member.age_s > self._failed.get(name, now):
+                del self._failed[name]
+            if self._stalled.get(name, member.status.pid) != member.status.pid:
+                del self._stalled[name]
