@@ -56,7 +56,8 @@ class DecoderOnly(SidDecoder):
         h_BXD = self.input_dropout(torch.cat((x_BPD, tokens_MSD.reshape(rows, -1, x_BPD.shape[-1])), dim=1))
         mask_B1XX = torch.cat((of_context_BPX, mask_BQX), dim=1)[:, None]
         counts_BQ = (targets.weight_BT > 0).repeat_interleave(levels, dim=1)
-        note_padding(self, torch.cat((index_BP != NEVER, counts_BQ), dim=1))
+        real_BP = (index_BP != NEVER) & counts_BQ.any(1, keepdim=True)  # a row without targets counts for nothing
+        note_padding(self, torch.cat((real_BP, counts_BQ), dim=1))
         for block in self.blocks:
             h_BXD, _ = block(h_BXD, mask_B1XX)
         h_MSD = layout.pick(h_BXD[:, positions:].unflatten(1, (slots, levels)))

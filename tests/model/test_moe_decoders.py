@@ -141,6 +141,24 @@ def test_routing_of_the_decoder_only_counts_real_tokens_of_rows():
     torch.testing.assert_close(predictions.routing.loss_R, loss_B[row_M])
 
 
+@pytest.mark.parametrize("name", ["onerec_v2_experts", "decoder_only_flat"])
+def test_rows_without_a_target_that_counts_change_nothing(name):
+    """Such rows fill a micro batch that would be empty."""
+    options, vocab = moe_variant(name)
+    model = random_model(options, vocab)
+    context, targets = random_context(vocab, 4), random_targets(vocab, 4, 2)
+    targets.weight_BT[:, 0] = 0.5
+    targets.weight_BT[[0, 2]] = 0
+    whole, alone = (
+        training_loss(model(*batch), options) for batch in ((context, targets), rows_of(context, targets, [1, 3]))
+    )
+    assert whole.stats["expert_load"].sum() > 0
+    assert torch.equal(whole.stats["expert_load"], alone.stats["expert_load"])
+    for statistic in ("router_entropy", "router_loss", "level_loss"):
+        torch.testing.assert_close(whole.stats[statistic], alone.stats[statistic])
+    torch.testing.assert_close(whole.loss, alone.loss)
+
+
 def test_decoding_after_training_counts_no_stale_padding():
     """Beams have other shapes than the batch before them."""
     options, vocab = variant("decoder_only_flat")
