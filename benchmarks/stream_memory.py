@@ -59,6 +59,9 @@ class _TableOnly:
         self.table = UserTable.open(folder / USERS, folder / BATCHES, (), ())
         self.n_users = users
 
+    def check_users(self) -> None:
+        """Nothing was written, so nothing is checked."""
+
 
 def simulated_table(folder: Path, users: int) -> None:
     """The user table of so many users, written piece by piece."""
@@ -66,7 +69,6 @@ def simulated_table(folder: Path, users: int) -> None:
     with (folder / USERS).open("wb") as file:
         for start in range(0, users, CHUNK):
             part = np.zeros(min(CHUNK, users - start), user_dtype(()))
-            part["batch"] = np.arange(start, start + len(part)) // USERS_PER_BATCH
             part["length"] = rng.integers(*EVENTS, len(part))
             part["valid_start"] = part["length"] - 2
             part["test_start"] = part["length"] - 1

@@ -86,6 +86,7 @@ def damaged_shards(reader: ShardReader, shards: Iterable[int]) -> list[int]:
 
 
 def _count_plain(folder: Path, reader: ShardReader, split: Split, options: BatchOptions) -> int:
+    reader.check_users()
     samples, users = 0, reader.table.users
     for start in range(0, len(users), _CHUNK_USERS):
         first, last = split_range(users[start : start + _CHUNK_USERS], split, options)

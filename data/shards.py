@@ -15,7 +15,9 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from onetrain.data.activity import doing
 from onetrain.data.errors import DamagedShardError, DataError
+from onetrain.data.fingerprint import file_checksum
 from onetrain.data.manifest import Manifest
 from onetrain.data.schema import event_types, extra_column, user_column
 from onetrain.data.store import Stamp, Store, open_store
@@ -55,15 +57,15 @@ class Places(NamedTuple):
     """Where the events of B users lie."""
 
     users: NDArray[Any]  # (B,) records of the user table
-    shard_B: NDArray[np.int32]
+    batches: NDArray[Any]  # (B,) records of their record batches
 
 
 class ShardReader:
     """All users of a prepared folder under one row number: shard after shard, in the order of the manifest.
 
-    Opening reads the user table alone. A shard is opened when one of its users is first asked for, and each record
-    batch is held against its checksum when it is first read, and again when the file has changed; DamagedShardError
-    names the file that is missing, truncated or changed.
+    Opening reads the table of record batches alone. A shard is opened when one of its users is first asked for, and
+    each record batch is held against its checksum when it is first read, and again when the file has changed;
+    DamagedShardError names the file that is missing, truncated or changed.
     """
 
     def __init__(self, store: Store | str | os.PathLike[str], manifest: Manifest) -> None:
@@ -71,6 +73,12 @@ class ShardReader:
         self.manifest = manifest
         self.types = {name: np.dtype(kind.to_pandas_dtype()) for name, kind in event_types(manifest.extra).items()}
         paths = [self.store.path(stored) for stored in (manifest.user_table, manifest.batch_table)]
+        if file_checksum(paths[1]) != manifest.batch_table.xxh3_128:
+            raise DamagedShardError(
+                f"{self.store.name}/{manifest.batch_table.file} is damaged (checksum). Copy it again or run `onetrain "
+                "prepare` again.",
+                manifest.batch_table.file,
+            )
         self.table = UserTable.open(paths[0], paths[1], manifest.extra, manifest.user_features)
         if len(self.table.users) != manifest.users:
             raise DataError(f"{paths[0]} holds {len(self.table.users)} users, the manifest says {manifest.users}.")
@@ -88,19 +96,18 @@ class ShardReader:
 
     def shards(self, row_B: Ids) -> NDArray[np.int32]:
         """Number of the shard that each of these rows lies in."""
-        shard_B: NDArray[np.int32] = self.table.batches["shard"][self.table.users["batch"][row_B]]
+        shard_B: NDArray[np.int32] = self.table.batches["shard"][self._batch(row_B)]
         return shard_B
 
     def locate(self, row_B: Ids) -> Places:
         """Find the users of these rows, and check what is read for the first time."""
-        users = self.table.users[row_B]
-        shard_B = self.table.batches["shard"][users["batch"]]
-        for shard in np.unique(shard_B).tolist():
+        batch_B = self._batch(row_B)
+        batches = self.table.batches[batch_B]
+        for shard in set(batches["shard"].tolist()):
             self._look_again(shard)
-        new = users["batch"][~self._verified[users["batch"]]]
-        for batch in np.unique(new).tolist():
+        for batch in set(batch_B[~self._verified[batch_B]].tolist()):
             self._verify(batch)
-        return Places(users, shard_B)
+        return Places(self.table.users[row_B], batches)
 
     def check(self, shard: int) -> None:
         """Read all of a shard. Raises DamagedShardError when it is missing or not what was written."""
@@ -108,11 +115,15 @@ class ShardReader:
         for batch in np.flatnonzero(self.table.batches["shard"] == shard).tolist():
             self._verify(batch)
 
+    def check_users(self) -> None:
+        """Read all of the user table, and nothing else. Raises DamagedShardError when it is not what was written."""
+        for batch in range(len(self.table.batches)):
+            self._verify_users(batch)
+
     def pieces(self, name: str, places: Places, start_B: Ids, stop_B: Ids) -> list[NDArray[Any]]:
         """Of each user the events [start, stop) of one column, as views."""
-        kind, batch_B = self.types[name], places.users["batch"]
-        begin_B = self.table.batches[name][batch_B] + places.users["begin"]
-        shards = places.shard_B.tolist()
+        kind, begin_B = self.types[name], places.batches[name] + places.users["begin"]
+        shards = places.batches["shard"].tolist()
         views = {shard: self._shard(shard).view(kind) for shard in set(shards)}
         bounds = zip(shards, (begin_B + start_B).tolist(), (begin_B + stop_B).tolist(), strict=True)
         return [views[shard][begin:end] for shard, begin, end in bounds]
@@ -122,11 +133,11 @@ class ShardReader:
         if not 0 <= row < self.n_users:
             raise IndexError(f"row {row} is outside [0, {self.n_users})")
         places = self.locate(np.array([row]))
-        record = places.users[0]
+        record, batch = places.users[0], places.batches[0]
         whole = np.array([0]), np.array([record["length"]])
         values = {name: self.pieces(name, places, *whole)[0] for name in self.types}
         return UserSequence(
-            user=self._user_text(row, record),
+            user=self._user_text(row, batch),
             item=values["item"],
             timestamp_ms=values["timestamp_ms"],
             behaviour=values["behaviour"],
@@ -149,8 +160,12 @@ class ShardReader:
         lengths, valid, test = (self.table.users[n].astype(np.int64) for n in ("length", "valid_start", "test_start"))
         return lengths, valid, test
 
-    def _user_text(self, row: int, record: Any) -> str:
-        batch = self.table.batches[record["batch"]]
+    def _batch(self, row_B: Ids) -> Ids:
+        """Number of the record batch that each of these rows lies in."""
+        batch_B: Ids = np.searchsorted(self.table.batches["first_row"], row_B, side="right") - 1
+        return batch_B
+
+    def _user_text(self, row: int, batch: Any) -> str:
         offsets, data = (int(batch[name]) for name in USER_TEXT)
         file, local = self._shard(int(batch["shard"])).bytes, row - int(batch["first_row"])
         begin, end = file[offsets + 4 * local : offsets + 4 * local + 8].view("<i4")
@@ -160,8 +175,11 @@ class ShardReader:
         record = self.table.batches[batch]
         shard, at, size = int(record["shard"]), int(record["at"]), int(record["size"])
         stored = self.manifest.shards[shard]
+        self._verify_users(batch)
         for _ in range(2):
-            found = xxhash.xxh3_64_intdigest(self._shard(shard).bytes[at : at + size].data)
+            content = self._shard(shard).bytes[at : at + size].data
+            with doing(f"verifying {stored.file}"):
+                found = xxhash.xxh3_64_intdigest(content)
             if found == int(record["xxh3"]):
                 self._verified[batch] = True
                 return
@@ -176,6 +194,18 @@ class ShardReader:
             stored.file,
         )
 
+    def _verify_users(self, batch: int) -> None:
+        first_rows, users = self.table.batches["first_row"], self.manifest.user_table
+        end = int(first_rows[batch + 1]) if batch + 1 < len(first_rows) else self.n_users
+        records = self.table.users[int(first_rows[batch]) : end]
+        if xxhash.xxh3_64_intdigest(records.data.cast("B")) != int(self.table.batches["users_xxh3"][batch]):
+            self.damaged.add(int(self.table.batches["shard"][batch]))
+            raise DamagedShardError(
+                f"{self.store.name}/{users.file} is damaged: the records of users {first_rows[batch]} to {end - 1} are "
+                "not those that were written (checksum). Copy it again or run `onetrain prepare` again.",
+                users.file,
+            )
+
     def _look_again(self, shard: int) -> None:
         """Let go of a shard whose file is gone or has changed since it was opened."""
         shown = self._open.get(shard)
@@ -189,7 +219,8 @@ class ShardReader:
             for other in list(self._open):  # copies that made room on the disk take theirs until they are let go
                 self._look_again(other)
             try:
-                shown = self._open[shard] = self._opened(shard)
+                with doing(f"fetching {self.manifest.shards[shard].file}"):
+                    shown = self._open[shard] = self._opened(shard)
             except DamagedShardError:
                 self.damaged.add(shard)
                 raise

@@ -1,7 +1,8 @@
 """The user table of a prepared folder: where every user's events lie, so that any are found without opening a shard.
 
 users.bin holds a record per user, batches.bin one per record batch. Both are memory-mapped: however many users there
-are, they take no memory that the system could not drop.
+are, they take no memory that the system could not drop. A record batch's own record has the checksums of its bytes in
+the shard and of its users' records, so that a reader need only check what it reads.
 """
 
 import os
@@ -30,17 +31,18 @@ def user_id(user: str) -> int:
 
 def user_dtype(attributes: Iterable[str]) -> np.dtype:
     """A record of users.bin. begin: number of the user's first event within the record batch."""
-    fields = [(name, "<i4") for name in ("batch", "length", "train_start", "valid_start", "test_start")]
+    fields = [(name, "<i4") for name in ("length", "train_start", "valid_start", "test_start")]
     fields += [("begin", "<i8"), ("id", "<i8"), *((user_column(name), "<i4") for name in attributes)]
     return np.dtype(fields, align=True)
 
 
 def batch_dtype(extra: Iterable[str]) -> np.dtype:
-    """A record of batches.bin. at, size: its bytes within the shard's file, and xxh3 their checksum; of every event
-    column the number of its first value, counted from the file's beginning in values of its type; of USER_TEXT in
-    bytes.
+    """A record of batches.bin. at, size: its bytes within the shard's file, and xxh3 their checksum; users_xxh3: that
+    of its users' records; of every event column the number of its first value, counted from the file's beginning in
+    values of its type; of USER_TEXT in bytes.
     """
-    fields = [("shard", "<i4"), ("first_row", "<i8"), ("at", "<i8"), ("size", "<i8"), ("xxh3", "<u8")]
+    fields = [("shard", "<i4"), *((name, "<i8") for name in ("first_row", "at", "size"))]
+    fields += [(name, "<u8") for name in ("xxh3", "users_xxh3")]
     return np.dtype([*fields, *((name, "<i8") for name in (*event_types(extra), *USER_TEXT))], align=True)
 
 
@@ -84,7 +86,7 @@ class UserTableWriter:
     def _add(self, batch: pa.RecordBatch, base: int) -> None:
         offsets = batch.column("item").offsets.to_numpy()
         users = np.zeros(batch.num_rows, self._user_dtype)
-        users["batch"], users["length"], users["begin"] = self._n_batches, np.diff(offsets), offsets[:-1]
+        users["length"], users["begin"] = np.diff(offsets), offsets[:-1]
         for name in ("train_start", "valid_start", "test_start", *map(user_column, self._attributes)):
             users[name] = batch.column(name).to_numpy()
         users["id"] = [user_id(user) for user in batch.column("user").to_pylist()]
@@ -97,6 +99,7 @@ class UserTableWriter:
         record["shard"], record["first_row"] = self._shards, self._rows
         record["at"], record["size"] = begin - base, end - begin
         record["xxh3"] = xxhash.xxh3_64_intdigest(pa.foreign_buffer(begin, end - begin))
+        record["users_xxh3"] = xxhash.xxh3_64_intdigest(users.data.cast("B"))
         for name, kind in self._types.items():
             values, width = batch.column(name).values.buffers()[1], kind.bit_width // 8
             at = values.address - base if values.size else 0  # an empty buffer lies nowhere
