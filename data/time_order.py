@@ -8,42 +8,52 @@ from numpy.typing import NDArray
 from onetrain.data.sidecar import append, mapped
 
 CHUNK = 1 << 20  # samples in memory at a time
-_BINS = 1 << 16
+_LOOKS = 256  # moments that are looked at for every bucket, to find where it ends
+
+Ids = NDArray[np.int64]
 
 
 def build_time_order(folder: Path) -> None:
     """Write by_time.bin: the numbers of the samples of moments.bin, by time, and by number where times are equal.
 
-    A bucket sort: counts per time bin, bins joined to buckets of about CHUNK samples, each bucket a file that is sorted
-    in memory. moments.bin is removed.
+    A bucket sort: buckets of about CHUNK samples, between quantiles of every so manieth moment, each a file that is
+    sorted in memory. Moments that are far off move no quantile; samples of one and the same moment stay in their
+    order, and need no memory. moments.bin is removed.
     """
     moments = mapped(folder / "moments.bin", np.int64)
     if len(moments) == 0:
         return
-    chunks = range(0, len(moments), CHUNK)
-    low = min(int(moments[at : at + CHUNK].min()) for at in chunks)
-    high = max(int(moments[at : at + CHUNK].max()) for at in chunks)
-    width = (high - low) // _BINS + 1
-    counts = np.zeros(_BINS, np.int64)
-    for at in chunks:
-        counts += np.bincount((moments[at : at + CHUNK] - low) // width, minlength=_BINS)
-    bucket_of_bin = (np.cumsum(counts) - counts) // CHUNK
-    for at in chunks:
+    edges = _edges(moments)
+    for at in range(0, len(moments), CHUNK):
         part = moments[at : at + CHUNK]
-        bucket = bucket_of_bin[(part - low) // width]
+        bucket = np.searchsorted(edges, part, side="right")
         pairs = np.stack([part, np.arange(at, at + len(part))], axis=1)
         for number in np.unique(bucket).tolist():
             append(_bucket(folder, number), pairs[bucket == number])
-    for number in np.unique(bucket_of_bin[counts > 0]).tolist():
+    for number in range(len(edges) + 1):
         pairs = mapped(_bucket(folder, number), np.int64).reshape(-1, 2)
-        append(folder / "by_time.bin", _sorted(pairs))
-        _bucket(folder, number).unlink()
+        _append_sorted(folder / "by_time.bin", pairs)
+        _bucket(folder, number).unlink(missing_ok=True)
     (folder / "moments.bin").unlink()
 
 
-def _sorted(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    by_time: NDArray[np.int64] = pairs[np.argsort(pairs[:, 0], kind="stable"), 1]  # numbers arrive in rising order
-    return by_time
+def _edges(moments: Ids) -> Ids:
+    """First moments of all buckets but the first; around a frequent moment, which has a bucket of its own, two."""
+    buckets = -(-len(moments) // CHUNK)
+    looked_at = np.sort(moments[:: max(len(moments) // (buckets * _LOOKS), 1)])
+    found, counts = np.unique(looked_at[np.arange(1, buckets) * len(looked_at) // buckets], return_counts=True)
+    edges: Ids = np.union1d(found, found[counts > 1] + 1)
+    return edges
+
+
+def _append_sorted(path: Path, pairs: Ids) -> None:
+    """Numbers arrive in rising order, so that a stable sort by moments is one by both."""
+    alike = all((pairs[at : at + CHUNK, 0] == pairs[0, 0]).all() for at in range(0, len(pairs), CHUNK))
+    if not alike:
+        append(path, pairs[np.argsort(pairs[:, 0], kind="stable"), 1])
+        return
+    for at in range(0, len(pairs), CHUNK):
+        append(path, pairs[at : at + CHUNK, 1])
 
 
 def _bucket(folder: Path, number: int) -> Path:
