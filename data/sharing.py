@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_ROWS = 2  # times the even share: memory of targets grows with rows, whatever the histories cost
+MOST_ROWS = 2  # times the even share: memory of targets grows with rows, however short the histories
 PRECISION = 1e-3  # relative, of the bound for the dearest piece
 ROUNDING = 1e-12  # relative; so that the cost of r rows, taken as a bound, holds r rows
 Ints = NDArray[np.int64]
@@ -33,21 +33,24 @@ def share_out(length_G: Ints, cost: Callable[[Ints], Floats], ranks: int, micro_
 
     Samples sorted by length (ties: by place) are cut into `micro_batches` tiers, shortest first, whose sizes differ by
     at most one, and a tier into one piece per rank. The dearest piece costs as little as can be (within PRECISION), and
-    the others follow closely; no piece has more than MOST_ROWS times the even share of rows (rounded up), and none is
-    empty unless samples are fewer than pieces. Which rank gets the longest rotates with the tier.
+    the others follow closely; no piece has more than MOST_ROWS times the even share of rows (rounded up), nor more
+    positions, padding included, than that share of the tier's longest (memory grows with positions, even where cost
+    grows with their square); none is empty unless samples are fewer than pieces. Which rank gets the longest rotates
+    with the tier.
 
     `cost` gives the cost of one row that is padded to a length; at least 0, and it never falls as lengths grow. A pure
     function: every rank finds the same shares.
     """
     place_G = _sorted(length_G)
-    cost_G = np.maximum(cost(length_G[place_G]), np.finfo(np.float64).tiny).tolist()
+    sorted_G = length_G[place_G]
+    cost_G = np.maximum(cost(sorted_G), np.finfo(np.float64).tiny).tolist()
     size, larger = divmod(len(place_G), micro_batches)
     shares: Shares = [[] for _ in range(ranks)]
     start = 0
     for tier in range(micro_batches):
         stop = start + size + (tier < larger)
-        end = stop
-        for piece, below in enumerate(_Tier(cost_G[start:stop], ranks).cuts()):  # the longest first
+        end, most = stop, _most_rows(sorted_G[start:stop], ranks).tolist()
+        for piece, below in enumerate(_Tier(cost_G[start:stop], most, ranks).cuts()):  # the longest first
             shares[(piece + tier) % ranks].append(place_G[start + below : end])
             end = start + below
         start = stop
@@ -73,6 +76,13 @@ def _sorted(length_G: Ints) -> Ints:
     return np.argsort(length_G.astype(np.uint16) if small else length_G, kind="stable")  # small numbers sort faster
 
 
+def _most_rows(length_N: Ints, pieces: int) -> Ints:
+    """How many rows a piece may have whose longest is this one, of a sorted tier."""
+    even = -(-len(length_N) // pieces)
+    by_positions_N = even * length_N[-1:] // np.maximum(length_N, 1)
+    return np.clip(by_positions_N, even, MOST_ROWS * even)
+
+
 class _Walk(NamedTuple):
     """What comes of one bound: from the longest row down, every piece takes as many rows as the bound allows."""
 
@@ -82,15 +92,15 @@ class _Walk(NamedTuple):
 
 
 class _Tier:
-    """One tier, to be cut into contiguous pieces: `cost` is that of every row, rising.
+    """One tier, to be cut into contiguous pieces: `cost` is that of every row, rising; `most` the rows of a piece that
+    ends with it, falling.
 
     A bound is one for pieces of several rows: a single row may cost more, as it cannot be cut. Walks are plain Python:
     pieces are few, and each begins where the one before has ended.
     """
 
-    def __init__(self, cost: list[float], pieces: int) -> None:
-        self.cost, self.pieces = cost, pieces
-        self.most = MOST_ROWS * -(-len(cost) // pieces)
+    def __init__(self, cost: list[float], most: list[int], pieces: int) -> None:
+        self.cost, self.most, self.pieces = cost, most, pieces
 
     def cuts(self) -> list[int]:
         """How many rows lie below each piece, the first of which has the longest rows; the last number is 0."""
@@ -128,13 +138,13 @@ class _Tier:
         return cuts
 
     def _walk(self, start: int, pieces: int, bound: float) -> _Walk:
-        cost, most, cuts = self.cost, self.most, []
+        cuts: list[int] = []
         dearest, following = 0.0, inf
         limit = bound * (1 + ROUNDING)
         for _ in range(pieces):
             if start == 0:
                 break
-            of_row = cost[start - 1]
+            of_row, most = self.cost[start - 1], self.most[start - 1]
             rows = int(limit / of_row) if limit < most * of_row else most
             if rows < 1:
                 rows = 1

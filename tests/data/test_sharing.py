@@ -46,7 +46,10 @@ def test_every_sample_once_in_tiers_of_pieces_within_the_limit_of_rows(lengths, 
         longest = [pieces[(piece + tier) % ranks].tolist() for piece in range(ranks)]  # from the longest down
         whole = [place for piece in longest[::-1] for place in piece]
         assert whole == order[start : start + len(whole)]
-        assert max(map(len, longest)) <= MOST_ROWS * -(-len(whole) // ranks)
+        even = -(-len(whole) // ranks)
+        assert max(map(len, longest)) <= MOST_ROWS * even
+        positions = [len(piece) * max(length_G[piece], default=0) for piece in longest]
+        assert max(positions) <= max(even * max(length_G[whole], default=0), 0)
         assert sum(len(piece) > 0 for piece in longest) == min(len(whole), ranks)
         start += len(whole)
         sizes.append(len(whole))
@@ -55,14 +58,15 @@ def test_every_sample_once_in_tiers_of_pieces_within_the_limit_of_rows(lengths, 
         assert all(len(piece) for share in shares for piece in share)
 
 
-def least_possible(cost_N: NDArray[np.float64], pieces: int) -> float:
-    """The cheapest dearest piece over all ways to cut rows of rising cost into pieces that are not empty."""
+def least_possible(length_N: Ints, cost_N: NDArray[np.float64], pieces: int) -> float:
+    """The cheapest dearest piece over all ways to cut sorted rows into pieces, none empty, within the limits."""
     n = len(cost_N)
-    most = MOST_ROWS * -(-n // pieces)
+    even = -(-n // pieces)
     found = []
     for cuts in combinations(range(1, n), pieces - 1):
         bounds = list(zip((0, *cuts), (*cuts, n), strict=True))
-        if max(b - a for a, b in bounds) <= most:
+        within = max(b - a for a, b in bounds) <= MOST_ROWS * even
+        if within and max((b - a) * length_N[b - 1] for a, b in bounds) <= even * length_N[-1]:
             found.append(max((b - a) * cost_N[b - 1] for a, b in bounds))
     return min(found)
 
@@ -76,7 +80,7 @@ def least_possible(cost_N: NDArray[np.float64], pieces: int) -> float:
 def test_the_dearest_piece_is_as_cheap_as_brute_force_finds(lengths, name, ranks):
     length_G, cost = np.array(lengths, np.int64), COSTS[name]
     dearest = padded_costs(share_out(length_G, cost, ranks, 1), length_G, cost).max()
-    best = least_possible(cost(np.sort(length_G)), min(ranks, len(lengths)))
+    best = least_possible(np.sort(length_G), cost(np.sort(length_G)), min(ranks, len(lengths)))
     assert best <= dearest * (1 + 1e-9)
     assert dearest <= best * (1 + 2 * PRECISION) + 1e-9
 
@@ -119,9 +123,7 @@ def test_a_pure_function_that_ignores_nothing_but_ties():
     first, again = (share_out(length_G.copy(), COSTS["quadratic"], 3, 4) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-    wide = share_out(
-        length_G + 2**40, lambda length: COSTS["quadratic"](length - 2**40), 3, 4
-    )  # sorted in another type
+    wide = share_out(length_G * 2**17, lambda length: COSTS["quadratic"](length // 2**17), 3, 4)  # sorted otherwise
     for one, other in zip(first, wide, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
     for piece in (piece for share in first for piece in share):
