@@ -15,17 +15,18 @@ from onetrain.cluster.errors import ClusterError
 from onetrain.cluster.options import ClusterOptions
 
 CONNECT_TIMEOUT_S = 5.0
-OBJECT_STORE_BYTES = 128 * 2**20  # ranks talk through torch.distributed; Ray carries a function and its results
+OBJECT_STORE_BYTES = 128 * 2**20  # ranks talk through torch.distributed; a group sends a function and its results
 
 
 @contextmanager
-def ray_session(options: ClusterOptions) -> Iterator[None]:
+def ray_session(options: ClusterOptions, service_cpus: float = 0.0, object_store_gib: float = 0.0) -> Iterator[None]:
     """Hold a connection to Ray, and undo at the end exactly what was done here.
 
     A connection that this process already has is used and kept. Otherwise `options.address`, or else the
     environment's RAY_ADDRESS (which Ray sets inside a submitted job), is joined. Without an address a local Ray is
-    started, with CPUs enough for all workers, and stopped at the end, its sockets and session folder removed (the
-    logs stay when the block raised an error other than a user-facing one, which has an `exit_code`).
+    started, with CPUs enough for all workers and `service_cpus` more, with so much memory for objects beside what
+    worker groups need, and stopped at the end, its sockets and session folder removed (the logs stay when the block
+    raised an error other than a user-facing one, which has an `exit_code`).
 
     Raises:
         ClusterError: the address is wrong or unreachable, or Ray does not start.
@@ -38,7 +39,7 @@ def ray_session(options: ClusterOptions) -> Iterator[None]:
     if address:
         _join(address)
     else:
-        session_folder = _start(options)
+        session_folder = _start(options, service_cpus, object_store_gib)
     keep_logs = False
     try:
         yield
@@ -84,17 +85,17 @@ def _probe(address: str) -> None:
             ) from None
 
 
-def _start(options: ClusterOptions) -> Path:
+def _start(options: ClusterOptions, service_cpus: float, object_store_gib: float) -> Path:
     """Start a local Ray and return its session folder.
 
     Token authentication is on, as Ray has it by default: Ray makes the token in ~/.ray/auth_token by itself.
     """
-    wanted_cpus = math.ceil(options.workers * options.cpus_per_worker)
+    wanted_cpus = math.ceil(options.workers * options.cpus_per_worker + service_cpus)
     try:
         context = ray.init(
             address="local",  # never another Ray that happens to run on this machine
             num_cpus=max(wanted_cpus, os.cpu_count() or 1),
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=OBJECT_STORE_BYTES + int(object_store_gib * 2**30),
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
