@@ -111,7 +111,7 @@ def _floor_rankers(data: PreparedData, config: RunConfig) -> dict[str, Ranker]:
 def _oracle_ranker(data: PreparedData, config: RunConfig) -> Ranker:
     """Ranks by the simulator's true next-item probabilities of each user's last event."""
     oracle = read_oracle(config.data.source.events)
-    items = read_items(data.folder).column("item").cast(pa.string()).to_pylist()
+    items = read_items(data.folder, data.stream).column("item").cast(pa.string()).to_pylist()
     index = {item: number for number, item in enumerate(items)}
     best = {
         user: [index[item] for item in listed]

@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from onetrain.data.batch import Batch, BatchBuilder
 from onetrain.data.features import feature_sizes, user_feature_sizes
 from onetrain.data.item_table import ItemTable
-from onetrain.data.manifest import Manifest
+from onetrain.data.manifest import Manifest, verify_sizes
+from onetrain.data.remote import is_remote
 from onetrain.data.shards import ShardReader
 from onetrain.data.sids import SidMap
+from onetrain.data.store import local_folder, open_store
+from onetrain.data.stream_options import StreamOptions
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.features import feature_names
 from onetrain.launcher.lifelong import aligned
@@ -29,24 +32,30 @@ from onetrain.model.options import Vocabulary
 class PreparedData:
     """Shards, item table and SID map of one job, whose fingerprints match."""
 
-    folder: Path
+    folder: str  # any fsspec path
     manifest: Manifest
     reader: ShardReader
     sids: SidMap
+    stream: StreamOptions
 
     @classmethod
     def open(cls, config: RunConfig) -> "PreparedData":
-        """Open the folder data.prepared; DataError for what is missing or foreign. Shards are checked when read."""
-        folder = Path(config.data.prepared)
+        """Open the folder data.prepared; DataError for what is missing, of another size, or foreign.
+
+        Contents are held against their checksums when they are read.
+        """
+        folder, stream = config.data.prepared, config.stream
         manifest = Manifest.load(folder)
-        sids = SidMap.load(str(folder / "sids"))
+        sids = SidMap.load(f"{folder}/sids", stream)
         sids.check_against(manifest)
-        return cls(folder, manifest, ShardReader(folder, manifest), sids)
+        if not is_remote(folder) and stream.damaged == "error":
+            verify_sizes(manifest, local_folder(folder))
+        return cls(folder, manifest, ShardReader(open_store(folder, stream), manifest), sids, stream)
 
     @cached_property
     def items(self) -> ItemTable:
         """Training counts and features of every item."""
-        return ItemTable.load(self.folder)
+        return ItemTable.load(self.folder, self.stream)
 
     @property
     def train_count_I(self) -> NDArray[np.int64]:  # noqa: N802

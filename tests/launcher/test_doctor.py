@@ -105,10 +105,10 @@ def test_the_sids_of_other_data_are_found(config, tmp_path):
 
 
 def test_a_world_size_that_does_not_fit(config):
-    wrong = replace(config, cluster=ClusterOptions(workers=3), parallel=ParallelOptions(global_batch_size=256))
+    wrong = replace(config, cluster=ClusterOptions(workers=3), parallel=ParallelOptions(global_batch_size=2))
     found = named(checks(wrong, quick=True))["mesh"]
     assert found.state == "fail"
-    assert "256" in found.detail
+    assert "global_batch_size 2" in found.detail
     assert "3 ranks" in found.detail
     assert named(checks(config, quick=True))["mesh"].state == "ok"
 

@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from train_cases import changed, records
 
+from onetrain.data.cursor import Cursor
 from onetrain.data.options import BatchOptions, PathwayOptions
 from onetrain.data.samples import SampleIndex
+from onetrain.data.steps import BuildStats
 from onetrain.data.stream import Step
 from onetrain.launcher.config import load_config
 from onetrain.launcher.debug import check_gradients
@@ -41,17 +44,19 @@ def lifelong(tiny):
 
 
 def batch_of(config, count):
-    data = PreparedData.open(config, checksum=False)
+    data = PreparedData.open(config)
     index = SampleIndex(data.reader, "train", config.batch)
-    return data, data.builder(config).build([index[number] for number in range(count)])
+    return data, data.builder(config).build(index.rows(range(count)))
 
 
 def test_histories_begin_at_whole_chunks_unless_told_otherwise(lifelong):
     def begins(config):
-        data = PreparedData.open(config, checksum=False)
+        data = PreparedData.open(config)
         index, pathway = SampleIndex(data.reader, "train", config.batch), data.builder(config).pathways["long"]
-        rows = [pathway.events(index[number]) for number in range(len(index))]
-        return {int(events[0]) for events in rows if len(events)}
+        rows = index.rows(range(len(index)))
+        events = pathway.events(rows, rows.histories())
+        begins = np.cumsum(events.length_B) - events.length_B
+        return set(events.place_E[begins[events.length_B > 0]].tolist())
 
     assert {event % 3 for event in begins(lifelong)} == {0}
     assert len(begins(lifelong)) > 2
@@ -104,7 +109,8 @@ def test_the_meter_counts_what_the_decoder_reads_and_the_stack_does(lifelong, fl
     engine = SimpleNamespace(ranks=ONE, mesh=SimpleNamespace(replica_ranks=1), module=model)
     meter, counted = Meter(config, data.vocabulary(config), engine), {}
     meter.flops = SimpleNamespace(training=lambda **counts: counted.update(counts) or 1.0)
-    with meter.step(Step([batch, batch], 0, 0.0, 0.0)):
+    stats = BuildStats(batch.rows, sum(batch.n_events.values()), batch.n_bytes, 0.1, 0.0, 1.0, 0)
+    with meter.step(Step([batch, batch], Cursor(), 0.0, 0, stats)):
         pass
     meter.add(StepResult(1.0, 1.0, 1.0, 1.0, {}))
     meter.report()

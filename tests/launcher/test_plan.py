@@ -99,7 +99,7 @@ def test_a_context_that_is_half_full_costs_less():
 
 def test_prepared_data_give_the_real_sizes(tiny):
     plan = make_plan(tiny)
-    data = PreparedData.open(tiny, checksum=False)
+    data = PreparedData.open(tiny)
     model = build_model(tiny, data)
     assert plan.parameters.total == sum(parameter.numel() for parameter in model.parameters())
     assert plan.vocabulary.codes == data.sids.sizes
