@@ -348,7 +348,7 @@ def test_wrong_options_are_errors(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             prepare(options(tmp_path, log, **wrong))
-    with pytest.raises(DataError, match="must lie on a local disk"):
+    with pytest.raises(DataError, match="name a local folder"):
         prepare(DataOptions(prepared="s3://bucket/prepared", source=SourceOptions(events=log)))
     with pytest.raises(DataError, match=r"data\.prepared is empty"):
         prepare(DataOptions(source=SourceOptions(events=log)))
