@@ -85,6 +85,7 @@ class DataOptions:
     duplicates: Literal["drop", "keep"] = "drop"  # exact repeats of (user, item, timestamp, behaviour)
     bad_rows: Literal["error", "drop"] = "error"  # null ids, unreadable timestamps
     shard_events: int = 2_000_000
+    append_history: int = 2000  # earlier events that `onetrain append` puts before a user's new ones, as context
     memory_limit_mb: int = 1024
 
 

@@ -14,14 +14,14 @@ import duckdb
 import numpy as np
 
 from onetrain.data.catalogue import build_catalogue, catalogue_fingerprint, hash_items, write_items
+from onetrain.data.contents import ContentsWriter
 from onetrain.data.errors import DataError
-from onetrain.data.fingerprint import ContentHash, json_fingerprint
+from onetrain.data.fingerprint import json_fingerprint
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import DataOptions
 from onetrain.data.readers import Source, open_source
 from onetrain.data.report import Report
-from onetrain.data.schema import user_column
-from onetrain.data.shard_writer import ShardWriter, UserBlock
+from onetrain.data.shard_writer import UserBlock
 from onetrain.data.split import Split, append_timestamps, check_split, decide_split, needs_time_points
 from onetrain.data.staging import stage_log
 from onetrain.data.store import local_folder
@@ -42,8 +42,8 @@ def prepare(options: DataOptions, progress: Progress | None = None) -> Manifest:
     Raises DataError for anything wrong with options, files, columns, rows, memory or disk; the folder stays as it was.
     """
     progress = progress or (lambda stage, done, total: None)
-    prepared = _check_options(options)
-    with workspace(prepared) as work, _connect(work, options) as con:
+    prepared = check_options(options)
+    with workspace(prepared) as work, connect(work, options) as con:
         source = open_source(con, options.source)
         _check_apart(prepared, source)
         check_space(prepared.parent, source.n_bytes)
@@ -70,75 +70,45 @@ def _prepare_into(
     progress("sort", n_rows, n_rows)
     split = _decide_split(work, con, options, n_rows, progress)
 
-    content = ContentHash()
-    writer = ShardWriter(work.result, extra, options.shard_events, tuple(user_names))
-    train_count = np.zeros(items.num_rows, np.int64)
-    n_train = n_valid = n_test = done = 0
-    first_ms, last_ms = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    writer = ContentsWriter(work.result, extra, options.shard_events, tuple(user_names), items.num_rows)
     try:
         for events in stream_users(con, options, report):
-            timestamps = events.columns["timestamp_ms"]
-            valid_start, test_start = split.starts(events.lengths, timestamps)
-            block = UserBlock(
-                events.users,
-                events.lengths,
-                np.zeros_like(events.lengths),
-                valid_start,
-                test_start,
-                events.columns,
-                events.attributes,
-            )
-            place = np.arange(len(timestamps)) - np.repeat(np.cumsum(events.lengths) - events.lengths, events.lengths)
-            train = place < np.repeat(valid_start, events.lengths)
-            train_count += np.bincount(events.columns["item"][train], minlength=items.num_rows)
-            n_train += int(valid_start.sum())
-            n_valid += int((test_start - valid_start).sum())
-            n_test += int((events.lengths - test_start).sum())
-            first_ms, last_ms = min(first_ms, int(timestamps.min())), max(last_ms, int(timestamps.max()))
-            _hash_block(content, block, writer.event_columns)
-            writer.append(block)
-            done += len(timestamps)
-            progress("write", done, n_rows)
+            valid_start, test_start = split.starts(events.lengths, events.columns["timestamp_ms"])
+            train_start = np.zeros_like(events.lengths)
+            bounds = (train_start, valid_start, test_start)
+            writer.append(UserBlock(events.users, events.lengths, *bounds, events.columns, events.attributes))
+            progress("write", writer.events, n_rows)
         writer.close()
     except BaseException:
         writer.abort()
         raise
-    if not done:
+    if not writer.events:
         raise DataError(
             f"No events are left: all {report.users_dropped} users have fewer than data.min_user_events = "
             f"{options.min_user_events} events. Lower it."
         )
-    hash_items(content, items, train_count)
+    hash_items(writer.content, items, writer.train_count)
     contents = {
         "format": CONTENT_FORMAT,
-        "columns": content.digests(),
+        "columns": writer.content.digests(),
         "behaviours": behaviours,
         "scenarios": scenarios,
         "split": dataclasses.asdict(split),
     }
     if item_names or user_names:
         contents |= {"item_features": item_names, "user_features": user_names}
-    user_table, batch_table = writer.tables()
     return Manifest(
-        shards=tuple(writer.shards),
-        items=write_items(work.result, items, train_count),
-        user_table=user_table,
-        batch_table=batch_table,
-        users=sum(shard.rows for shard in writer.shards),
-        events=done,
-        n_train_events=n_train,
-        n_valid_events=n_valid,
-        n_test_events=n_test,
+        items=write_items(work.result, items, writer.train_count),
         behaviours=behaviours,
         scenarios=scenarios,
         extra=extra,
         item_features=item_names,
         user_features=user_names,
-        time_range_ms=(first_ms, last_ms),
         split=dataclasses.asdict(split),
         catalogue_fingerprint=catalogue_fingerprint(items),
         fingerprint=json_fingerprint(contents),
         report=dataclasses.asdict(report),
+        **writer.totals(),
     )
 
 
@@ -157,21 +127,7 @@ def _decide_split(
     return decide_split(options.split, path if done else None)
 
 
-def _hash_block(content: ContentHash, block: UserBlock, event_columns: tuple[str, ...]) -> None:
-    content.update_text("user", block.users)
-    for name, values in (
-        ("length", block.lengths),
-        ("valid_start", block.valid_start),
-        ("test_start", block.test_start),
-    ):
-        content.update(name, values.astype(np.int64))
-    for name in event_columns:
-        content.update(name, block.columns[name])
-    for name, ids in block.attributes.items():
-        content.update(user_column(name), ids.astype(np.int32))
-
-
-def _connect(work: Workspace, options: DataOptions) -> duckdb.DuckDBPyConnection:
+def connect(work: Workspace, options: DataOptions) -> duckdb.DuckDBPyConnection:
     """A database on disk, within the memory limit, that neither prints nor fetches anything from a network."""
     threads = max(1, min(os.cpu_count() or 1, options.memory_limit_mb // MB_PER_THREAD))
     config: dict[str, str | bool | int | float | list[str]] = {
@@ -185,10 +141,11 @@ def _connect(work: Workspace, options: DataOptions) -> duckdb.DuckDBPyConnection
     return con
 
 
-def _check_options(options: DataOptions) -> Path:
+def check_options(options: DataOptions) -> Path:
+    """The folder data.prepared. Raises DataError for options that cannot be."""
     if not options.prepared:
         raise DataError("data.prepared is empty. Name the folder that the shards are written into.")
-    for name, least in (("min_user_events", 1), ("shard_events", 1), ("memory_limit_mb", 64)):
+    for name, least in (("min_user_events", 1), ("shard_events", 1), ("append_history", 0), ("memory_limit_mb", 64)):
         if getattr(options, name) < least:
             raise DataError(f"data.{name} is {getattr(options, name)}, the least is {least}.")
     if len(set(options.source.extra)) != len(options.source.extra):

@@ -23,3 +23,6 @@ class Report:
     bad_users_dropped: int = 0  # rows of the user file without an id
     duplicate_users_dropped: int = 0  # rows of the user file whose id came before
     users_not_in_file: int = 0  # users of the log that the user file lacks
+    unknown_items: int = 0  # of an append: rows of items that the folder lacks, which have no SID
+    known_events: int = 0  # of an append: events that the folder has already
+    late_events: int = 0  # of an append: new events that are older than the newest one known of their user

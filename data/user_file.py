@@ -1,13 +1,14 @@
 """The user file: attributes of the log's users, as ids."""
 
 import duckdb
+import pyarrow as pa
 
 from onetrain.data.errors import DataError
 from onetrain.data.options import DataOptions
 from onetrain.data.readers import Source
 from onetrain.data.readers.files import quoted, unreadable
 from onetrain.data.report import Report
-from onetrain.data.schema import user_column
+from onetrain.data.schema import nearest, user_column
 
 
 def index_users(
@@ -41,6 +42,49 @@ def index_users(
     con.execute(f"CREATE TABLE user_index AS SELECT {', '.join(ids)} FROM user_file")
     con.execute("DROP TABLE user_file; DROP TABLE user_rows; DROP TABLE log_users")
     return names
+
+
+def index_known_users(
+    con: duckdb.DuckDBPyConnection,
+    source: Source,
+    options: DataOptions,
+    report: Report,
+    names: dict[str, tuple[str, ...]],
+) -> None:
+    """Create table `user_index` as `index_users` does, with the ids of names that are known. DataError for others."""
+    columns = {name: quoted(user_column(name)) for name in names}
+    if not columns:
+        return
+    if source.users is None or not options.source.user_features:
+        con.execute(f"CREATE TABLE user_index (id VARCHAR, {', '.join(f'{c} BIGINT' for c in columns.values())})")
+        return
+    _stage_users(con, source, options, report)
+    ids = ["id"]
+    for name, column in columns.items():
+        numbered = {"name": pa.array(names[name], pa.string()), "number": range(1, len(names[name]) + 1)}
+        con.register("chunk", pa.table(numbered))
+        con.execute(f"CREATE TABLE {quoted('ids_' + name)} AS FROM chunk")
+        con.unregister("chunk")
+        query = f"""SELECT DISTINCT {column} FROM user_rows SEMI JOIN log_users USING (id)
+            ANTI JOIN {quoted("ids_" + name)} ON {column} = name WHERE {column} IS NOT NULL ORDER BY 1 LIMIT 5"""
+        unknown = [value for (value,) in con.execute(query).fetchall()]
+        if unknown:
+            raise DataError(
+                f"data.source.users: attribute {name} has the value {', '.join(map(repr, unknown))}, which the folder "
+                f"{options.prepared} lacks.{nearest(unknown[0], names[name])} Correct the user file, or prepare anew."
+            )
+        ids.append(
+            f"coalesce((SELECT number FROM {quoted('ids_' + name)} n WHERE n.name = user_rows.{column}), 0) AS {column}"
+        )
+    listed = ", ".join(f"user_rows.{column}" for column in columns.values())
+    con.execute(
+        f"""CREATE TABLE user_index AS SELECT {", ".join(ids)} FROM user_rows SEMI JOIN log_users USING (id)
+        WHERE id IS NOT NULL
+        QUALIFY row_number() OVER (PARTITION BY id ORDER BY {listed}) = 1"""
+    )
+    query = "SELECT (SELECT count(*) FROM log_users) - (SELECT count(*) FROM user_index)"
+    ((report.users_not_in_file,),) = con.execute(query).fetchall()
+    con.execute("DROP TABLE user_rows; DROP TABLE log_users")
 
 
 def _stage_users(con: duckdb.DuckDBPyConnection, source: Source, options: DataOptions, report: Report) -> None:

@@ -19,7 +19,7 @@ from onetrain.launcher.config import load_config, run_folder
 from onetrain.launcher.console import print_error, print_message, print_result, print_table, print_warning, progress
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.errors import ConfigError
-from onetrain.launcher.report_tables import codebook_rows, preparation_rows
+from onetrain.launcher.report_tables import appended_rows, codebook_rows, preparation_rows
 
 NO_SPACE = 6
 STOPPED = 130
@@ -103,6 +103,38 @@ def prepare(config: ConfigArgument, overrides: SetOption = None) -> None:
     with progress() as report:
         manifest = run(options, report)
     print_table(f"prepared {options.prepared}", ["", "value"], preparation_rows(manifest))
+
+
+@app.command(epilog="Example: `onetrain append configs/demo.yaml --events logs/2026-11-22.parquet`")
+def append(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    events: Annotated[
+        str | None,
+        typer.Option(
+            "--events",
+            metavar="FILE",
+            help="The new logs (file, folder or glob); short for `--set data.source.events=...`.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Add new logs to a prepared folder as its next version, which a run that is going on picks up.
+
+    Every new event trains in exactly one version: events that the folder has already are left out and counted, so that
+    the same log may be given again, and so are events of items that the folder lacks. An interrupted append leaves
+    nothing behind.
+    """
+    given = [] if events is None else [f"data.source.events={json.dumps(events)}"]
+    options = load_config(config, [*(overrides or ()), *given]).data
+    from onetrain.data.append import append as run
+
+    with progress() as report:
+        appended = run(options, report)
+    if appended.version is None:
+        print_message(f"nothing new for {options.prepared}: no version was made")
+    title = "the logs" if appended.version is None else f"version {appended.version} of {options.prepared}"
+    print_table(title, ["", "value"], appended_rows(appended))
 
 
 @app.command(epilog="Example: `onetrain tokenize configs/demo.yaml --set tokenizer.iterations=100`")

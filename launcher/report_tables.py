@@ -1,8 +1,10 @@
 """The reports of `onetrain prepare` and `onetrain tokenize` as tables for the console."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onetrain.data.append import Appended
     from onetrain.data.manifest import Manifest
     from onetrain.model.codebook_report import CodebookReport
 
@@ -23,6 +25,16 @@ def preparation_rows(manifest: "Manifest") -> Rows:
     ]
     rows += [[name.replace("_", " "), count] for name, count in manifest.report.items()]
     return [*rows, ["fingerprint", manifest.fingerprint]]
+
+
+def appended_rows(appended: "Appended") -> Rows:
+    """(name, value) of what a version holds and of what the new logs held."""
+    rows: Rows = []
+    if appended.manifest is not None:
+        rows += [["rows", appended.manifest.users], ["new events", appended.manifest.n_train_events]]
+        rows += [["events with their context", appended.manifest.events]]
+    rows += [[name.replace("_", " "), count] for name, count in asdict(appended.report).items()]
+    return rows if appended.manifest is None else [*rows, ["fingerprint", appended.manifest.fingerprint]]
 
 
 def codebook_rows(report: "CodebookReport") -> Rows:

@@ -12,7 +12,7 @@ from onetrain.cluster.errors import ClusterError
 from onetrain.data.errors import DataError
 from onetrain.launcher.cli import app
 
-VERBS = ["plan", "prepare", "tokenize", "train", "debug", "evaluate", "doctor"]
+VERBS = ["plan", "prepare", "append", "tokenize", "train", "debug", "evaluate", "doctor"]
 
 
 @pytest.fixture(autouse=True)
@@ -326,3 +326,17 @@ def test_prepare_and_tokenize_print_their_reports(job, tmp_path):
     for part in ("codes, level 3", "SID collision rate", "utilisation, level 1"):
         assert part in done.stdout
     assert (tmp_path / "prepared" / "sids").is_dir()
+
+
+def test_append_prints_its_report_and_the_same_log_again_is_nothing_new(job, tmp_path):
+    (tmp_path / "monday.csv").write_text("user,item,timestamp\n1,a,10\n1,b,20\n2,b,30\n")
+    (tmp_path / "tuesday.csv").write_text("user,item,timestamp\n1,a,40\n3,c,50\n2,b,30\n")
+    monday = ["--set", f"data.source={{reader: columns, events: {tmp_path}/monday.csv}}"]
+    assert onetrain("prepare", job, *monday).exit_code == 0
+    for found in ("new events 1", "No version was made"):
+        done = onetrain("append", job, *monday, "--events", str(tmp_path / "tuesday.csv"))
+        assert done.exit_code == 0, done.output
+        words = " ".join(done.output.replace("│", " ").split())
+        assert found.lower() in words.lower()
+        assert "unknown items 1" in words
+    assert [path.name for path in (tmp_path / "prepared" / "versions").iterdir()] == ["00001"]
