@@ -20,10 +20,11 @@ from raw_events import (
 from onetrain.data import prepare as prepare_module
 from onetrain.data import workspace
 from onetrain.data.errors import DataError
-from onetrain.data.options import DataOptions, SimulatorOptions, SourceOptions, SplitOptions
+from onetrain.data.options import BatchOptions, DataOptions, SimulatorOptions, SourceOptions, SplitOptions
 from onetrain.data.prepare import prepare
+from onetrain.data.samples import SampleIndex
 from onetrain.data.shard_writer import ShardWriter
-from onetrain.data.shards import read_items
+from onetrain.data.shards import ShardReader, read_items
 
 EXTRA = {"extra": ("price",)}
 
@@ -301,6 +302,20 @@ def test_interruption_leaves_the_old_result_and_nothing_else(tmp_path, existing,
     replaced = prepare(other)
     assert replaced.fingerprint != manifest.fingerprint
     assert_untouched(tmp_path, replaced)
+
+
+def test_preparing_again_leaves_no_index_of_the_old_samples(tmp_path, existing):
+    _, other = existing
+    counts, batch = [], BatchOptions(target_behaviours=("buy",))
+    for number in range(2):
+        manifest = prepare(other) if number else existing[0]
+        index = SampleIndex(ShardReader(other.prepared, manifest), "train", batch)
+        users = [index.reader.user(row) for row in range(manifest.users)]
+        buy = manifest.behaviours.index("buy")
+        assert len(index) == sum(int((user.behaviour[1 : user.valid_start] == buy).sum()) for user in users)
+        assert len(list((tmp_path / "prepared" / "index").iterdir())) == 1
+        counts.append(len(index))
+    assert counts[0] != counts[1]
 
 
 def test_full_disk_is_an_error_that_leaves_the_old_result(tmp_path, existing, monkeypatch):
