@@ -9,6 +9,7 @@ Anything else is a bug and keeps its traceback (exit code 1).
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from onetrain.launcher.config import load_config, run_folder
 from onetrain.launcher.console import print_error, print_message, print_result, print_table, print_warning, progress
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.options import RunConfig
 from onetrain.launcher.report_tables import appended_rows, codebook_rows, preparation_rows
 
 NO_SPACE = 6
@@ -186,10 +188,7 @@ def train(
         if os.environ["RANK"] != "0":
             return
     else:
-        from onetrain.cluster.worker_group import run_on_workers
-
-        threads = options.train.threads_per_worker
-        result = run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
+        result = _on_workers(run, options)
     rows = [[name, value] for name, value in result.items() if name.count("/") < 2]  # not those of single layers
     print_table(f"trained {options.name}", ["", "value"], rows)
     print_message(f"run folder: {run_folder(options)}")
@@ -304,6 +303,25 @@ def doctor(
     print_table("doctor", ["check", "state", "detail"], rows, [f"{c.name}: {c.fix}" for c in results if c.fix])
     if any(check.state == "fail" for check in results):
         raise typer.Exit(1)
+
+
+def _on_workers(run: Callable[[RunConfig], dict[str, float]], options: RunConfig) -> dict[str, float]:
+    """The result of rank 0 of a Ray worker group, with the data service beside it if the configuration has one."""
+    from onetrain.cluster.local_ray import ray_session
+    from onetrain.cluster.worker_group import run_on_workers
+
+    service, threads = options.stream.service, options.train.threads_per_worker
+    if not service.actors:
+        return run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
+    from onetrain.data.service.start import data_service
+
+    cpus = service.cpus_per_actor * (service.max_actors or service.actors)
+    timeout_s = options.cluster.start_timeout_s
+    with (
+        ray_session(options.cluster, cpus, service.memory_gib),
+        data_service(options.name, options.stream, print_message, timeout_s),
+    ):
+        return run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
 
 
 def _cluster_overrides(workers: int | None, address: str | None) -> list[str]:

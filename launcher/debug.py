@@ -10,6 +10,7 @@ import torch
 
 from onetrain.data.cursor import Cursor
 from onetrain.data.steps import StepBuilder
+from onetrain.data.stream_options import ServiceOptions
 from onetrain.launcher import conversion
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_message
@@ -44,6 +45,7 @@ def debug(config: RunConfig, steps: int, overfit: bool) -> None:
         train=dataclasses.replace(config.train, log_every=1, steps=max(config.train.steps, steps)),
         evaluation=dataclasses.replace(config.evaluation, max_users=VALIDATED_USERS),
         tracking=dataclasses.replace(config.tracking, wandb="disabled"),
+        stream=dataclasses.replace(config.stream, service=ServiceOptions()),
     )
     check_options(config.parallel, 1, config.model)
     set_numerics(config)

@@ -1,5 +1,6 @@
 """Wires the stream of training steps: what builds them, where a rank takes them from, and when sources grow."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ from onetrain.data.sample_table import ORDER_KEYS
 from onetrain.data.sources import Sources
 from onetrain.data.steps import Cost, StepBuilder, StreamSpec
 from onetrain.data.stream import LocalStream, Stream
+from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.features import feature_names
 from onetrain.launcher.job import PreparedData
 from onetrain.launcher.lifelong import aligned
@@ -35,9 +37,20 @@ def stream_spec(config: RunConfig, data: PreparedData, mesh: Mesh) -> StreamSpec
     )
 
 
-def open_stream(builder: StepBuilder, data_rank: int) -> Stream:
-    """Where this rank takes its steps from."""
-    return LocalStream(builder, data_rank)
+def open_stream(config: RunConfig, builder: StepBuilder, data_rank: int, warn: Callable[[str], None]) -> Stream:
+    """Where this rank takes its steps from: itself, or the run's data service. ConfigError where there can be none."""
+    if not config.stream.service.actors:
+        return LocalStream(builder, data_rank)
+    import ray  # takes a second, which runs without a service need not pay
+
+    from onetrain.data.service.client import ServiceStream
+
+    if not ray.is_initialized():
+        raise ConfigError(
+            f"stream.service.actors is {config.stream.service.actors}, but this process is no part of a Ray cluster. "
+            "Start the run with `onetrain train`, or set stream.service.actors to 0."
+        )
+    return ServiceStream(builder, data_rank, config.name, warn)
 
 
 def sample_cost(config: RunConfig, vocabulary: Vocabulary) -> Cost:

@@ -78,7 +78,7 @@ class _Run:
         self._restore()
         self._look_for_growth()
         self.best = load_best(self.folder) if self.engine.step > 0 else None
-        self.stream = open_stream(self.steps, self.data_rank)
+        self.stream = open_stream(config, self.steps, self.data_rank, self._say)
         self.evaluator = Evaluator(self.data, config, "valid")
         self.meter = Meter(config, self.data.vocabulary(config), self.engine)
         self.tracker = self._start_records()
