@@ -1,0 +1,1 @@
+"""The systems that benchmarks/data_service.py compares, one file each."""
