@@ -210,14 +210,18 @@ class ShardReader:
         """Let go of a shard whose file is gone or has changed since it was opened."""
         shown = self._open.get(shard)
         if shown is not None and self.store.stamp(shown.path) != shown.stamp:
-            self._open.pop(shard, None)
-            self._verified[self.table.batches["shard"] == shard] = False
+            self._let_go(shard)
+
+    def _let_go(self, shard: int) -> None:
+        self._open.pop(shard, None)
+        self._verified[self.table.batches["shard"] == shard] = False
 
     def _shard(self, shard: int) -> "_OpenShard":
         shown = self._open.get(shard)
         if shown is None:
-            for other in list(self._open):  # copies that made room on the disk take theirs until they are let go
-                self._look_again(other)
+            for other, known in list(self._open.items()):
+                if not known.path.exists():  # a copy that made room on the disk takes its own until it is let go
+                    self._let_go(other)
             try:
                 with doing(f"fetching {self.manifest.shards[shard].file}"):
                     shown = self._open[shard] = self._opened(shard)
