@@ -22,6 +22,9 @@ LENGTHS = st.one_of(
     st.lists(st.integers(0, 5), max_size=60),
     st.lists(st.integers(0, 300), max_size=120),
     st.lists(st.sampled_from([1, 2, 256, 200_000]), max_size=80),
+    st.tuples(st.integers(0, 40), st.integers(0, 30), st.integers(0, 40)).map(
+        lambda n: [1] * n[0] + [200] * n[1] + [300] * n[2]  # at which the limits matter
+    ),
 )
 EVERY = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -129,6 +132,13 @@ def test_a_pure_function_that_ignores_nothing_but_ties():
     for piece in (piece for share in first for piece in share):
         rows = list(zip(length_G[piece].tolist(), piece.tolist(), strict=True))
         assert rows == sorted(rows)
+
+
+def test_cheap_rows_take_no_more_room_than_even_rows_of_the_longest():
+    """By cost alone 40 rows of 200 would be one piece: 8,000 positions, where 25 rows of 300 are 7,500."""
+    length_G = np.repeat([200, 300], [40, 60])
+    shares = share_out(length_G, COSTS["steep"], 4, 1)
+    assert max(len(share[0]) * length_G[share[0]].max() for share in shares) <= 25 * 300
 
 
 def test_balance_counts_padding_and_the_dearest_rank():
