@@ -119,7 +119,7 @@ class StepBuilder:
         reach_G = rows.reach(spec.batch)
         shares = share_out(reach_G, spec.cost, spec.ranks, spec.micro_batches)[rank]
         built = [self._build(rows, places) for places in shares]
-        batches, kept = [batch for batch, _ in built], sum(count for _, count in built)
+        batches, kept = [batch for batch, count in built if count], sum(count for _, count in built)
         own = np.bincount(source_G[np.concatenate(shares)], minlength=len(self.sources.names)).tolist()
         stats = BuildStats(
             samples=kept,
@@ -131,7 +131,7 @@ class StepBuilder:
             skipped=sum(map(len, shares)) - kept,
             sources=dict(zip(self.sources.names, own, strict=True)) if spec.stream.mixture else {},
         )
-        return BuiltStep(batches, stats)
+        return BuiltStep([batch for batch, _ in built], stats)
 
     def _build(self, rows: SampleRows, places: NDArray[np.int64]) -> tuple[Batch, int]:
         """A micro batch of the samples at these places, and how many of them it holds."""
@@ -150,7 +150,8 @@ class StepBuilder:
 
     def _placeholder(self, rows: SampleRows) -> Batch:
         """A micro batch that counts for nothing: every rank computes as many."""
-        spare = rows[rows.readable()][:1]
+        readable = rows[rows.readable()]
+        spare = readable[np.argsort(readable.reach(self.spec.batch), kind="stable")[:1]]  # the shortest
         batch = self.builder.build(spare if len(spare) else self.sources.any_readable())
         return replace(batch, weight_BT=torch.zeros_like(batch.weight_BT))
 

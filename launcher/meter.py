@@ -45,6 +45,8 @@ class Meter:
         self._data.add(step)
         ksa = self.config.model.ksa
         for batch in step.micro_batches:
+            if not batch.weight:  # stands in for samples that are not there
+                continue
             self._targets += int((batch.weight_BT > 0).sum())
             self._positions += self._visible(batch)
             self._events.update(batch.n_events)

@@ -40,7 +40,7 @@ class Mesh:
     def plan(cls, world_size: int, options: ParallelOptions, model: ModelOptions | None = None) -> "Mesh":
         """Places `world_size` ranks, and spreads `global_batch_size` over the micro batches of the data ranks.
 
-        The batch need not divide evenly, but has a sample for every micro batch. With `model` its heads and experts are
+        The batch need not divide evenly, but has a sample for every data rank. With `model` its heads and experts are
         held against the degrees too. Raises ParallelError, naming the nearest numbers that work, where something does
         not fit.
         """
@@ -191,12 +191,9 @@ def _problem(wish: _Wish, model: ModelOptions | None) -> _Problem | None:
     total, micro = wish.global_batch_size, wish.micro_batch_size
     if micro is not None and micro < 1:
         return _Problem(6, f"parallel.micro_batch_size {micro} holds no sample", ("micro_batch_size",))
-    if total < wish.micro_batches:
+    if total < wish.data_parallel:
         text = f"parallel.global_batch_size {total} is too small for {wish.ranks}"
-        if wish.accumulation_steps == 1:
-            return _Problem(7, text, ("global_batch_size", "world_size"))
-        text += f" with {wish.accumulation_steps} micro batches each (micro_batch_size {micro})"
-        return _Problem(7, text, ("global_batch_size", "micro_batch_size", "world_size"))
+        return _Problem(7, text, ("global_batch_size", "world_size"))
     return None
 
 

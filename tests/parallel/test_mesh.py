@@ -90,13 +90,11 @@ def test_the_batch_is_spread_over_data_ranks_only(mesh: Mesh) -> None:
 
 
 @given(world_size=st.integers(1, 64), batch=st.integers(1, 2000), micro=st.none() | st.integers(1, 40))
-def test_any_batch_with_a_sample_for_every_micro_batch_is_spread(
-    world_size: int, batch: int, micro: int | None
-) -> None:
+def test_any_batch_with_a_sample_for_every_rank_is_spread(world_size: int, batch: int, micro: int | None) -> None:
     """As few micro batches as hold it, of rows that are even but for one."""
     options = ParallelOptions(global_batch_size=batch, micro_batch_size=micro)
     fewest = 1 if micro is None else next(n for n in count(1) if n * world_size * micro >= batch)
-    if batch < world_size * fewest:
+    if batch < world_size:
         assert "too small" in str(_complaint(world_size, options, None))
         return
     mesh = Mesh.plan(world_size, options)
@@ -190,13 +188,6 @@ def without_numbers(message: str) -> str:
         (8, {"tensor_parallel": 4}, DENSE, r"4 does not divide the 6 heads of model\.n_heads: set it to 2\."),
         (2, {"micro_batch_size": 0}, None, r"micro_batch_size 0 holds no sample: set it to 1\."),
         (300, {}, None, r"240 is too small for 300 ranks: set it to 300, or run with 240 ranks\."),
-        (
-            64,
-            {"micro_batch_size": 1},
-            None,
-            r"240 is too small for 64 ranks with 4 micro batches each \(micro_batch_size 1\): set it to 192 or 256, "
-            r"or set parallel\.micro_batch_size to 2, or run with 60 or 80 ranks\.",
-        ),
         (
             3000,
             {"tensor_parallel": 2, "global_batch_size": 1},
