@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onetrain.data.errors import DataError
-from onetrain.data.event_rows import EventRows, ramp
+from onetrain.data.event_rows import EventRows
 from onetrain.data.features import AGE, DAY_MS, FeatureBuilder, FeatureNames, check_features
 from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import BatchOptions
+from onetrain.data.padding import Padding, whole_rows
 from onetrain.data.pathways import Pathway
 from onetrain.data.samples import SampleRows
 from onetrain.data.shards import Histories
@@ -92,7 +93,7 @@ class BatchBuilder:
         self, sids: SidMap, manifest: Manifest, items: ItemTable, options: BatchOptions, features: FeatureNames
     ) -> None:
         self.options = options
-        self.codes_IL = sids.codes_IL
+        self.codes_I, self.levels = whole_rows(sids.codes_IL), sids.codes_IL.shape[1]
         self.log_share_I = items.log_share_I
         self.names = check_features(features, manifest, items)
         if AGE in self.names.events and options.share_context == "user":
@@ -114,21 +115,22 @@ class BatchBuilder:
         """One row per sample, at least one sample; N and T are the largest of the batch."""
         histories = rows.histories()
         targets, end_E = self._targets(rows, histories)
-        item, pad = targets.column("item"), _Padding(targets.length_B)
+        item, names = targets.column("item"), self.names
+        pad = Padding(targets.length_B, 2 + self.levels + len(names.request) + len(names.items))
         day, day_before = (
             targets.column("timestamp_ms") // DAY_MS,
             self._before(rows, histories, targets, end_E) // DAY_MS,
         )
         return Batch(
             sequences={name: self._sequence(pathway, rows, histories) for name, pathway in self.pathways.items()},
-            user={name: torch.from_numpy(self.features.of_users(name, histories)) for name in self.names.user},
-            target_item_BT=pad(item.astype(np.int64)),
-            target_sid_BTL=pad(self.codes_IL[item]),
-            end_BT=pad(end_E - targets.of_row(rows.start_B)),
+            user={name: torch.from_numpy(self.features.of_users(name, histories)) for name in names.user},
+            target_item_BT=pad.ids(item),
+            target_sid_BTL=pad.rows(self.codes_I.take(item), self.levels),
+            end_BT=pad.ids(end_E - targets.of_row(rows.start_B)),
             weight_BT=pad(self.behaviour_weight[targets.column("behaviour")]),
             new_day_BT=pad(day > day_before),
-            request={name: pad(self.features.of_events(name, targets)) for name in self.names.request},
-            target_features={name: pad(self.features.of_items(name, item)) for name in self.names.items},
+            request={name: pad.ids(self.features.of_events(name, targets)) for name in names.request},
+            target_features={name: pad.ids(self.features.of_items(name, item)) for name in names.items},
             log_q_BT=pad(self.log_share_I[item]),
         )
 
@@ -163,28 +165,22 @@ class BatchBuilder:
             histories.events("timestamp_ms", rows.first_B, rows.first_B + 1) if AGE in self.names.events else None
         )
         events = pathway.events(rows, histories)
-        pad = _Padding(events.length_B)
+        pad = Padding(events.length_B, 1 + self.levels + len(self.names.events))
         return EventColumns(
-            sid_BNL=pad(self.codes_IL[events.column("item")]),
-            index_BN=pad(events.place_E - events.of_row(rows.start_B)),
+            sid_BNL=pad.rows(self.codes_I.take(events.column("item")), self.levels),
+            index_BN=_index(events, rows, pad),
             length_B=torch.from_numpy(events.length_B),
-            features={name: pad(self.features.of_events(name, events, moment_B)) for name in self.names.events},
+            features={name: pad.ids(self.features.of_events(name, events, moment_B)) for name in self.names.events},
         )
+
+
+def _index(events: EventRows, rows: SampleRows, pad: Padding) -> Tensor:
+    """(B, N) place of each event in its row's window."""
+    if events.first_B is not None:
+        return pad.counted(events.first_B - rows.start_B)
+    return pad.ids(events.place_E - events.of_row(rows.start_B))
 
 
 def _find(rows: EventRows, offset_E: Ids, targets: EventRows) -> Ids:
     """Places in the flat `rows` of the events that lie so far behind the beginning of their target's row."""
     return offset_E + targets.of_row(np.cumsum(rows.length_B) - rows.length_B)
-
-
-class _Padding:
-    """Puts flat values (E, ...) into rows (B, N, ...) of these lengths, zeros behind."""
-
-    def __init__(self, length_B: Ids) -> None:
-        self.shape = len(length_B), max(1, int(length_B.max(initial=0)))
-        self._place_E = ramp(length_B) + np.repeat(np.arange(len(length_B)) * self.shape[1], length_B)
-
-    def __call__(self, values: NDArray) -> Tensor:
-        out = np.zeros((self.shape[0] * self.shape[1], *values.shape[1:]), dtype=values.dtype)
-        out[self._place_E] = values
-        return torch.from_numpy(out.reshape(*self.shape, *values.shape[1:]))

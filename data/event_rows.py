@@ -1,6 +1,6 @@
 """Chosen events of every sample of a batch, flat: each row is a range of its user's history, or some events of one.
 
-Legend: B samples, E chosen events, one row after another.
+Legend: B samples, R events of the ranges, E of them chosen, one row after another.
 """
 
 from functools import cached_property
@@ -22,8 +22,10 @@ class EventRows:
     ) -> None:
         self._histories, self._start_B, self._stop_B, self._chosen_R = histories, start_B, stop_B, chosen_R
         self._range_B = stop_B - start_B
+        self._ranges: dict[str, NDArray[Any]] = {}
         self._columns: dict[str, NDArray[Any]] = {}
         self.length_B: Ids = self._range_B
+        self.first_B: Ids | None = start_B if chosen_R is None else None  # of events that follow one another
         if chosen_R is not None:
             total = np.concatenate([[0], np.cumsum(chosen_R)])
             ends = np.cumsum(self._range_B)
@@ -37,7 +39,7 @@ class EventRows:
     def column(self, name: str) -> NDArray[Any]:
         """(E,) values of an event column."""
         if name not in self._columns:
-            self._columns[name] = self._kept(self._histories.events(name, self._start_B, self._stop_B))
+            self._columns[name] = self._kept(self._range(name))
         return self._columns[name]
 
     def of_row(self, values_B: NDArray[Any]) -> NDArray[Any]:
@@ -46,15 +48,20 @@ class EventRows:
 
     def gaps(self) -> Ids:
         """(E,) milliseconds since the user's event before, whether or not that one is chosen; 0 for the first."""
-        extra_B = (self._start_B > 0).astype(np.int64)
-        times = self._histories.events("timestamp_ms", self._start_B - extra_B, self._stop_B)
-        gaps = np.diff(times, prepend=times[:1])
-        begins = np.cumsum(self._range_B + extra_B) - self._range_B - extra_B
-        has_first = (self._range_B + extra_B) > 0
-        gaps[begins[has_first]] = 0
-        real = np.ones(len(gaps), dtype=bool)
-        real[begins[extra_B > 0]] = False
-        return self._kept(gaps[real])
+        time_R = self._range("timestamp_ms")
+        gap_R = np.empty_like(time_R)
+        np.subtract(time_R[1:], time_R[:-1], out=gap_R[1:])
+        begin_B, some = np.cumsum(self._range_B) - self._range_B, self._range_B > 0
+        before_B = np.maximum(self._start_B - 1, 0)  # the first event has itself before it
+        time_before_B = self._histories.events("timestamp_ms", before_B, before_B + some)
+        gap_R[begin_B[some]] = time_R[begin_B[some]] - time_before_B
+        return self._kept(gap_R)
+
+    def _range(self, name: str) -> NDArray[Any]:
+        """(R,) values of an event column, of chosen events and others."""
+        if name not in self._ranges:
+            self._ranges[name] = self._histories.events(name, self._start_B, self._stop_B)
+        return self._ranges[name]
 
     def _kept(self, values_R: NDArray[Any]) -> NDArray[Any]:
         return values_R if self._chosen_R is None else values_R[self._chosen_R]

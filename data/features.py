@@ -6,6 +6,7 @@ Legend: B samples, E events of a batch one after another, I items.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,11 @@ FIXED_SIZES = {  # number of ids of the features that are the same for all data
 SECOND_MS, HOUR_MS, DAY_MS = 1000, 3_600_000, 86_400_000
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday
 _LAST_EDGE = 2.0 ** (NUMBER_BUCKETS // 4)  # beyond the beginning of the last number bucket
+_BIAS = 1023  # of the exponents of 64-bit floating-point numbers
+_GAP_OF_EXPONENT = np.repeat(np.arange(GAP_BUCKETS, dtype=np.uint8), [_BIAS + 1, *[1] * (GAP_BUCKETS - 1)])
+_DURATION_OF_EXPONENT = np.repeat(
+    np.array([0, *range(NUMBER_BUCKETS // 2, NUMBER_BUCKETS)], dtype=np.uint8), [_BIAS, *[1] * (NUMBER_BUCKETS // 2)]
+)
 
 Ids = NDArray[np.int64]
 
@@ -64,25 +70,25 @@ class FeatureBuilder:
             "hour": lambda rows: hours(rows.column("timestamp_ms") + self._offset_ms),
             "weekday": lambda rows: weekdays(rows.column("timestamp_ms") + self._offset_ms),
             "weekend": lambda rows: weekdays(rows.column("timestamp_ms") + self._offset_ms) >= 5,
-            "watch": lambda rows: _duration_buckets(rows.column("watch_ms")),
-            "duration": lambda rows: _duration_buckets(rows.column("duration_ms")),
+            "watch": lambda rows: duration_buckets(rows.column("watch_ms")),
+            "duration": lambda rows: duration_buckets(rows.column("duration_ms")),
             "watched": lambda rows: watched_buckets(rows.column("watch_ms"), rows.column("duration_ms")),
         }
         for name in manifest.extra:
             self._of_event[extra_column(name)] = partial(_extra, name)
 
-    def of_events(self, name: str, rows: EventRows, moment_B: Ids | None = None) -> Ids:
-        """(E,) ids of an event feature. `age` needs the moment of each sample's request, in epoch ms."""
+    def of_events(self, name: str, rows: EventRows, moment_B: Ids | None = None) -> NDArray[Any]:
+        """(E,) ids of an event feature, of any integer type. `age` needs each sample's moment of request, in ms."""
         if name == AGE:
             assert moment_B is not None
             return gap_buckets(rows.of_row(moment_B) - rows.column("timestamp_ms"))
         if name in self.items.features:
             return self.of_items(name, rows.column("item"))
-        return self._of_event[name](rows).astype(np.int64)
+        return self._of_event[name](rows)
 
-    def of_items(self, name: str, item: NDArray) -> Ids:
+    def of_items(self, name: str, item: NDArray) -> NDArray[Any]:
         """Ids of an item feature, in the shape of `item`."""
-        return item.astype(np.int64) if name == "item" else self.items.features[name][item]
+        return item if name == "item" else self.items.features[name].take(item)
 
     def of_users(self, name: str, histories: Histories) -> Ids:
         """(B,) ids of a user feature."""
@@ -127,41 +133,69 @@ def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -
     return FeatureNames(**kept)
 
 
-def gap_buckets(milliseconds: NDArray[np.int64]) -> Ids:
+def gap_buckets(milliseconds: NDArray[np.int64]) -> NDArray[np.uint8]:
     """floor(log2(1 + whole seconds)), at most 31; negative times count as 0."""
-    seconds = np.maximum(milliseconds, 0) // SECOND_MS
-    exponent = np.frexp(1.0 + seconds)[1] - 1  # exact where a logarithm would round
-    return np.minimum(exponent, GAP_BUCKETS - 1).astype(np.int64)
+    return _GAP_OF_EXPONENT.take(_exponents(_seconds_and_one(milliseconds)), mode="clip")
 
 
-def number_buckets(values: NDArray) -> Ids:
+def duration_buckets(milliseconds: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """`number_buckets` of the seconds; a negative time is unknown."""
+    size = _seconds_and_one(milliseconds)
+    size *= np.abs(size)  # a negative time stays below 1
+    return _DURATION_OF_EXPONENT.take(_exponents(size), mode="clip")
+
+
+def number_buckets(values: NDArray) -> NDArray[np.uint8]:
     """64 buckets of any number: 0 = NaN; 32 = about zero; from there floor(2 log2(1 + |x|)) up or down, at most 31."""
     size = 1.0 + np.minimum(np.abs(values), _LAST_EDGE, dtype=np.float64)
     steps = np.minimum(np.frexp(size * size)[1] - 1, NUMBER_BUCKETS // 2 - 1)
-    return np.where(np.isnan(values), 0, NUMBER_BUCKETS // 2 + np.where(values < 0, -steps, steps)).astype(np.int64)
+    return np.where(np.isnan(values), 0, NUMBER_BUCKETS // 2 + np.where(values < 0, -steps, steps)).astype(np.uint8)
 
 
-def watched_buckets(watch_ms: NDArray[np.int64], duration_ms: NDArray[np.int64]) -> Ids:
+def watched_buckets(watch_ms: NDArray[np.int64], duration_ms: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Share of the duration that was watched: 0 = unknown, else 1 + whole tenths, at most 11."""
-    known = (watch_ms >= 0) & (duration_ms > 0)
-    tenths = 10 * watch_ms // np.maximum(duration_ms, 1)
-    return np.where(known, 1 + np.minimum(tenths, WATCHED_BUCKETS - 2), 0)
+    known = watch_ms >= 0
+    known &= duration_ms > 0
+    tenths = 10.0 * np.maximum(watch_ms, 0)
+    tenths /= np.maximum(duration_ms, 1)  # below an integer where the true quotient is, up to 2 ** 49 ms
+    np.minimum(tenths, WATCHED_BUCKETS - 2, out=tenths)
+    buckets = tenths.astype(np.uint8)
+    buckets += 1
+    buckets *= known
+    return buckets
 
 
-def hours(local_ms: NDArray[np.int64]) -> Ids:
+def hours(local_ms: NDArray[np.int64]) -> NDArray[np.int32]:
     """Hour of the day, 0 to 23."""
-    return local_ms // HOUR_MS % 24
+    return _remainder(local_ms // HOUR_MS, 24)
 
 
-def weekdays(local_ms: NDArray[np.int64]) -> Ids:
+def weekdays(local_ms: NDArray[np.int64]) -> NDArray[np.int32]:
     """Day of the week, Monday 0."""
-    return (local_ms // DAY_MS + EPOCH_WEEKDAY) % 7
+    return _remainder(local_ms // DAY_MS + EPOCH_WEEKDAY, 7)
 
 
-def _extra(name: str, rows: EventRows) -> Ids:
+def _seconds_and_one(milliseconds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """1 + seconds, exact where that is a power of two."""
+    size = milliseconds.astype(np.float64)
+    size += SECOND_MS
+    size *= 1 / SECOND_MS
+    return size
+
+
+def _exponents(size: NDArray[np.float64]) -> Ids:
+    """The 12 bits of sign and exponent: floor(log2(size)) + _BIAS of positive numbers, below 0 of negative ones."""
+    exponent = size.view(np.int64)
+    exponent >>= 52
+    return exponent
+
+
+def _remainder(values: Ids, divisor: int) -> NDArray[np.int32]:
+    """values % divisor, never negative; several times as fast as numpy's."""
+    small = values.astype(np.int32)
+    small -= small // divisor * divisor
+    return small
+
+
+def _extra(name: str, rows: EventRows) -> NDArray[np.uint8]:
     return number_buckets(rows.column(extra_column(name)))
-
-
-def _duration_buckets(milliseconds: NDArray[np.int64]) -> Ids:
-    """Bucket of the seconds; a negative time is unknown."""
-    return number_buckets(np.where(milliseconds < 0, np.nan, milliseconds / SECOND_MS))

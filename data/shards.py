@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,11 +53,32 @@ class UserSequence:
         return len(self.item)
 
 
-class Places(NamedTuple):
+@dataclass(frozen=True)
+class Places:
     """Where the events of B users lie."""
 
     users: NDArray[Any]  # (B,) records of the user table
     batches: NDArray[Any]  # (B,) records of their record batches
+
+    @cached_property
+    def shard_B(self) -> list[int]:  # noqa: N802
+        """Number of each user's shard."""
+        shards: list[int] = self.batches["shard"].tolist()
+        return shards
+
+    @cached_property
+    def by_shard(self) -> dict[int, Ids]:
+        """Which of the users lie in each shard."""
+        return {shard: np.flatnonzero(self.batches["shard"] == shard) for shard in set(self.shard_B)}
+
+    def first(self, name: str) -> Ids:
+        """(B,) number, within its shard, of each user's first value of a column."""
+        first_B: Ids = self.batches[name] + self._begin_B
+        return first_B
+
+    @cached_property
+    def _begin_B(self) -> Ids:  # noqa: N802
+        return np.ascontiguousarray(self.users["begin"])
 
 
 class ShardReader:
@@ -122,11 +143,17 @@ class ShardReader:
 
     def pieces(self, name: str, places: Places, start_B: Ids, stop_B: Ids) -> list[NDArray[Any]]:
         """Of each user the events [start, stop) of one column, as views."""
-        kind, begin_B = self.types[name], places.batches[name] + places.users["begin"]
-        shards = places.batches["shard"].tolist()
-        views = {shard: self._shard(shard).view(kind) for shard in set(shards)}
-        bounds = zip(shards, (begin_B + start_B).tolist(), (begin_B + stop_B).tolist(), strict=True)
+        first_B = places.first(name)
+        views = {shard: self._shard(shard).view(self.types[name]) for shard in places.by_shard}
+        bounds = zip(places.shard_B, (first_B + start_B).tolist(), (first_B + stop_B).tolist(), strict=True)
         return [views[shard][begin:end] for shard, begin, end in bounds]
+
+    def picked(self, name: str, places: Places, event_B: Ids) -> NDArray[Any]:
+        """(B,) of each user one event of a column."""
+        at_B, values = places.first(name) + event_B, np.empty(len(event_B), self.types[name])
+        for shard, here in places.by_shard.items():
+            values[here] = self._shard(shard).view(self.types[name])[at_B[here]]
+        return values
 
     def user(self, row: int) -> UserSequence:
         """Events of the user in this row (0-based). Raises IndexError outside [0, n_users)."""
@@ -272,7 +299,10 @@ class Histories:
     def events(self, name: str, start_B: Ids, stop_B: Ids) -> NDArray[Any]:
         """(E,) values of a column: of each user the events [start, stop), one user after another."""
         if len(self._parts) == 1:
-            return np.concatenate(self._parts[0][0].pieces(name, self._places[0], start_B, stop_B))
+            (reader, _), (places,) = self._parts[0], self._places
+            if (stop_B - start_B == 1).all():
+                return reader.picked(name, places, start_B)
+            return np.concatenate(reader.pieces(name, places, start_B, stop_B))
         pieces: list[NDArray[Any]] = [np.empty(0)] * len(start_B)
         for (reader, here), places in zip(self._parts, self._places, strict=True):
             found = reader.pieces(name, places, start_B[here], stop_B[here])
