@@ -3,6 +3,7 @@
 Legend: B requests, T target slots, S seen events.
 """
 
+import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from onetrain.data.batch import Batch
-from onetrain.data.errors import DataError
+from onetrain.data.errors import DamagedShardError, DataError
 from onetrain.data.permutation import key_of, permute
 from onetrain.data.samples import Sample, SampleIndex, Split
 from onetrain.launcher.job import PreparedData, model_inputs
@@ -68,17 +69,16 @@ class Evaluator:
         if len(ids) < count:
             ids = permute(ids, count, key_of(self.data.manifest.fingerprint, "0/0"))
         mine = ids[ranks.rank :: ranks.world_size].tolist()
-        spare = ids[:1].tolist()  # a rank without requests still has to know the metrics' names
         sums: dict[str, dict[str, float]] = {subset: defaultdict(float) for subset in SUBSETS}
         size = self.config.evaluation.batch_size
         for start in range(0, max(len(mine), 1), size):
-            chosen = mine[start : start + size] or spare
-            samples, batch = (
-                [self.index[sample_id] for sample_id in chosen],
-                self.builder.build(self.index.rows(chosen)),
-            )
+            chosen = self._readable(mine[start : start + size])
+            counted = bool(chosen)
+            if not chosen:  # the metrics' names are needed all the same
+                chosen = next(found for sample_id in ids.tolist() if (found := self._readable([sample_id])))
+            samples, batch = [self.index[n] for n in chosen], self.builder.build(self.index.rows(chosen))
             metrics = ranker(samples, batch)
-            everyone_B = torch.full((len(samples),), bool(mine))
+            everyone_B = torch.full((len(samples),), counted)
             masks = {SUBSETS[0]: everyone_B, SUBSETS[1]: everyone_B & batch.new_day_BT[:, 0]}
             for subset, mask_B in masks.items():
                 sums[subset]["requests"] += int(mask_B.sum())
@@ -87,6 +87,16 @@ class Evaluator:
             if progress is not None:
                 progress("evaluate", min(start + size, len(mine)), len(mine))
         return {subset: _reduce(total, ranks) for subset, total in sums.items()}
+
+    def _readable(self, ids: list[int]) -> list[int]:
+        """The samples whose shards are not damaged, with stream.damaged: skip; else all of them."""
+        while self.config.stream.damaged == "skip":
+            rows = self.index.rows(ids)
+            ids = np.array(ids, dtype=np.int64)[rows.readable()].tolist()
+            with contextlib.suppress(DamagedShardError):
+                self.index.rows(ids).histories()
+                break
+        return ids
 
     def model_ranker(self, model: SidDecoder, device: torch.device) -> Ranker:
         """Metrics of a model's beams, its loss per request, and the shares of invalid and duplicate beams."""
