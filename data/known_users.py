@@ -1,22 +1,25 @@
 """Finds the users of new events in the versions of a folder, and reads what is known of them.
 
-Legend: U users of a block, K their known events, one user after another and one version after another.
+Legend: U users of a block, P places of them in versions, K their known events, one version after another.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from onetrain.data.schema import event_types, extra_column
-from onetrain.data.shards import ShardReader, UserSequence
+from onetrain.data.event_rows import ramp
+from onetrain.data.schema import event_types, user_column
+from onetrain.data.shards import ShardReader
 from onetrain.data.sidecar import append, mapped
 from onetrain.data.user_table import user_id
 
+Ids = NDArray[np.int64]
 _CHUNK = 1 << 20
 _PLACE = np.dtype([("id", "<i8"), ("version", "<i8"), ("row", "<i8")])
 
@@ -27,7 +30,7 @@ class Known:
 
     user_K: NDArray[np.int64]  # number within the block
     columns: dict[str, np.ndarray]
-    events: NDArray[np.int64]  # (U,) how many are known, of which the newest are here
+    events: Ids  # (U,) how many are known, of which the newest are here
     attributes: dict[str, np.ndarray]  # (U,) newest known ids, 0 = unknown
 
 
@@ -48,6 +51,7 @@ class KnownUsers:
             insert(con, "new_users", ids)
         cursor.close()
         for version, reader in enumerate(readers):
+            reader.check_users()
             users = reader.table.users
             for start in range(0, len(users), _CHUNK):
                 ids = np.ascontiguousarray(users["id"][start : start + _CHUNK])
@@ -61,52 +65,64 @@ class KnownUsers:
         con.execute("DROP TABLE known; DROP TABLE new_users")
         self._places = mapped(path, _PLACE)
 
-    def read(self, users: Sequence[str], since_ms: NDArray[np.int64], history: int) -> Known:
+    def read(self, users: Sequence[str], since_ms: Ids, history: int) -> Known:
         """Of each user every event from `since_ms` on, and at least the newest `history` ones before it."""
-        manifest = self._readers[0].manifest
-        types = {name: kind.to_pandas_dtype() for name, kind in event_types(manifest.extra).items()}
-        pieces: dict[str, list[np.ndarray]] = {name: [np.empty(0, kind)] for name, kind in types.items()}
-        lengths, events = np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
+        manifest, match = self._readers[0].manifest, self._match(users)
+        numbers: list[Ids] = []
+        pieces: dict[str, list[np.ndarray]] = {name: [] for name in event_types(manifest.extra)}
+        events = np.zeros(len(users), np.int64)
         attributes = {name: np.zeros(len(users), np.int32) for name in manifest.user_features}
-        for number, user in enumerate(users):
-            for row in self._rows(user):
-                times = row.timestamp_ms[row.train_start :]
-                begin = row.train_start + max(int(np.searchsorted(times, since_ms[number])) - history, 0)
-                for name, values in pieces.items():
-                    values.append(_column(row, name)[begin:])
-                lengths[number] += len(row) - begin
-                events[number] += len(times)
-                for name, ids in attributes.items():
-                    ids[number] = row.features[name] or ids[number]
-        user_K = np.repeat(np.arange(len(users)), lengths)
-        return Known(user_K, {name: np.concatenate(values) for name, values in pieces.items()}, events, attributes)
+        for version in np.unique(match.version_P).tolist():
+            reader, here = self._readers[version], np.flatnonzero(match.version_P == version)
+            places, number_P, row_P = reader.locate(match.row_P[here]), match.user_P[here], match.row_P[here]
+            start_P, stop_P = (places.users[name].astype(np.int64) for name in ("train_start", "length"))
+            times = reader.pieces("timestamp_ms", places, start_P, stop_P)
+            since = since_ms[number_P].tolist()
+            before_P = np.array([np.searchsorted(piece, ms) for piece, ms in zip(times, since, strict=True)])
+            same_P = np.array(
+                [reader.name(r) == users[n] for r, n in zip(row_P.tolist(), number_P.tolist(), strict=True)]
+            )
+            begin_P = np.where(
+                same_P, start_P + np.maximum(before_P - history, 0), stop_P
+            )  # else only of the same hash
+            for name, values in pieces.items():
+                values += reader.pieces(name, places, begin_P, stop_P)
+            numbers.append(np.repeat(number_P, stop_P - begin_P))
+            np.add.at(events, number_P, np.where(same_P, stop_P - start_P, 0))
+            for name, ids in attributes.items():
+                found_P = places.users[user_column(name)]
+                known = same_P & (found_P > 0)
+                ids[number_P[known]] = found_P[known]
+        columns = {
+            name: np.concatenate([np.empty(0, kind.to_pandas_dtype()), *pieces[name]])
+            for name, kind in event_types(manifest.extra).items()
+        }
+        return Known(np.concatenate([np.empty(0, np.int64), *numbers]), columns, events, attributes)
 
-    def sizes(self, users: Sequence[str], history: int) -> NDArray[np.int64]:
+    def sizes(self, users: Sequence[str], history: int) -> Ids:
         """(U,) about how many events `read` gives of each user."""
-        sizes = np.zeros(len(users), np.int64)
-        for number, user in enumerate(users):
-            for version, row in self._found(user):
-                record = self._readers[version].table.users[row]
-                sizes[number] += min(int(record["length"] - record["train_start"]), history)
+        sizes, match = np.zeros(len(users), np.int64), self._match(users)
+        for version in np.unique(match.version_P).tolist():
+            here = np.flatnonzero(match.version_P == version)
+            records = self._readers[version].table.users[match.row_P[here]]
+            own = np.minimum(records["length"] - records["train_start"], history)
+            np.add.at(sizes, match.user_P[here], own)
         return sizes
 
-    def _rows(self, user: str) -> Iterator[UserSequence]:
-        """What the versions hold of a user, oldest version first."""
-        for version, number in self._found(user):
-            row = self._readers[version].user(number)
-            if row.user == user:  # and not another one of the same hash
-                yield row
-
-    def _found(self, user: str) -> list[tuple[int, int]]:
-        key, ids = user_id(user), self._places["id"]
-        found = self._places[np.searchsorted(ids, key) : np.searchsorted(ids, key, side="right")]
-        return list(zip(found["version"].tolist(), found["row"].tolist(), strict=True))
+    def _match(self, users: Sequence[str]) -> "_Match":
+        ids = np.array([user_id(user) for user in users], np.int64)
+        first = np.searchsorted(self._places["id"], ids)
+        count = np.searchsorted(self._places["id"], ids, side="right") - first
+        found = self._places[ramp(count) + np.repeat(first, count)]
+        return _Match(np.repeat(np.arange(len(users)), count), found["version"], found["row"])
 
 
-def _column(row: UserSequence, name: str) -> np.ndarray:
-    extra = {extra_column(key): values for key, values in row.extra.items()}
-    values: np.ndarray = extra[name] if name in extra else getattr(row, name)
-    return values
+class _Match(NamedTuple):
+    """Places P of users, by user, version and row."""
+
+    user_P: Ids
+    version_P: Ids
+    row_P: Ids
 
 
 def insert(con: duckdb.DuckDBPyConnection, table: str, chunk: pa.Table, query: str = "FROM chunk") -> None:

@@ -178,6 +178,10 @@ class ShardReader:
             features={name: int(record[user_column(name)]) for name in self.manifest.user_features},
         )
 
+    def name(self, row: int) -> str:
+        """Id of the user in this row."""
+        return self._user_text(row, self.table.batches[self._batch(np.array([row]))[0]])
+
     def split_bounds(self) -> tuple[Ids, Ids, Ids]:
         """Events, valid_start and test_start of every user: int64 arrays of shape (n_users,)."""
         return self._bounds
