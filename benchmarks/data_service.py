@@ -14,13 +14,15 @@ user by user, in one epoch, and in one that is interrupted at 90 % (`lost`, `rep
     python -m venv PEERS                                 # an environment of its own: see the requirements file
     PEERS/bin/pip install -c constraints.txt torch setuptools && PEERS/bin/pip install -c constraints.txt -e .
     PEERS/bin/pip install --no-deps -r benchmarks/data_service_requirements.txt
-    OMP_NUM_THREADS=1 PEERS/bin/python benchmarks/data_service.py [--users 200000] [--rounds 3] [--systems ...]
+    OMP_NUM_THREADS=1 PEERS/bin/python benchmarks/data_service.py [--users 200000] [--rounds 3] [--systems ...] [--tune]
 
+`--tune` measures each system with its settings changed in every way that its file lists as VARIANTS, instead.
 Writes runs/benchmarks/data_service.json with versions, settings and machine, and prints a Markdown table. The data
 (1.7 GB a format) go to runs/data_service and are kept.
 """
 
 import argparse
+import ast
 import gc
 import importlib
 import json
@@ -50,8 +52,10 @@ SYSTEMS = {  # name: module of data_service_peers
     "litdata": "lit",
     "datasets, streaming": "huggingface",
     "DataLoader over Parquet": "parquet",
+    "DataLoader over Parquet, packed": "parquet_packed",
 }
 PACKAGES = ("mosaicml-streaming", "litdata", "datasets", "torchdata", "pyarrow", "numpy", "torch", "fsspec")
+WRITTEN = ("encoding", "shard_bytes", "chunk_bytes", "layout", "compression", "use_dictionary", "format", "batch_rows")
 RESUME_AT = 0.9  # of an epoch
 WARM_UP = 0.1
 
@@ -128,10 +132,11 @@ def _state_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.state")
 
 
-def child(phase: str, module: str, folder: Path, users: int) -> None:
+def child(phase: str, module: str, folder: Path, users: int, changes: dict[str, Any]) -> None:
     """What a process of `measure` does; its result is the last line."""
     torch.set_num_threads(1)
     system = importlib.import_module(f"data_service_peers.{module}")
+    system.SETTINGS.update(changes)
     gc.collect()
     result = PHASES[phase](system, folder, users)
     print("\n" + json.dumps({**result, "settings": system.SETTINGS, "resume_by": system.RESUME}), flush=True)
@@ -140,11 +145,15 @@ def child(phase: str, module: str, folder: Path, users: int) -> None:
     os._exit(0)  # loaders of an unfinished epoch may wait for their workers
 
 
-def measure(phase: str, name: str, users: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One phase of one system in a process of its own."""
-    folder = options.data / str(users) / SYSTEMS[name]
+def measure(
+    phase: str, name: str, users: int, options: argparse.Namespace, changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One phase of one system, with settings changed, in a process of its own."""
+    module, changes = SYSTEMS[name], changes or {}
+    written = [f"{key}-{value}" for key, value in changes.items() if key in WRITTEN]
+    folder = options.data / str(users) / ".".join([module, *written])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--child", phase, SYSTEMS[name], str(folder), str(users)]
+    command = [sys.executable, __file__, "--child", phase, module, str(folder), str(users), json.dumps(changes)]
     variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | variables, timeout=1800)
     if done.returncode:
@@ -176,6 +185,27 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     return list(records.values())
 
 
+def tune(options: argparse.Namespace) -> None:
+    """Throughput of each system with its settings, and with each of its changes to them; the best of all rounds."""
+    print("| system | changed | sequences/s | CPU µs each |\n|---|---|---|---|")
+    for name in options.systems:
+        path = Path(__file__).with_name("data_service_peers") / f"{SYSTEMS[name]}.py"
+        for changes in ({}, *variants(path)):
+            measure("write", name, options.users, options, changes)
+            found = [measure("steady", name, options.users, options, changes) for _ in range(options.rounds)]
+            best = max(found, key=lambda of: of["per_second"])
+            text = ", ".join(f"{key} {value}" for key, value in changes.items()) or "-"
+            print(f"| {name} | {text} | {best['per_second']:,.0f} | {best['cpu_us']:.0f} |", flush=True)
+
+
+def variants(path: Path) -> list[dict[str, Any]]:
+    """The literal VARIANTS of a file, which is not imported here: its package may be large, or fork badly."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "VARIANTS":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
 def markdown(records: list[dict[str, Any]]) -> str:
     """The table that docs/data_service.md shows."""
     lines = [
@@ -193,16 +223,20 @@ def markdown(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print, write."""
     if sys.argv[1:2] == ["--child"]:
-        phase, module, folder, users = sys.argv[2:]
-        child(phase, module, Path(folder), int(users))
+        phase, module, folder, users, changes = sys.argv[2:]
+        child(phase, module, Path(folder), int(users), json.loads(changes))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=200_000)
-    parser.add_argument("--check-users", type=int, default=20_000, help="of the small run whose content is compared")
+    parser.add_argument("--check-users", type=int, default=20_480, help="of the small run whose content is compared")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--data", type=Path, default=Path("runs/data_service"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/data_service.json"))
+    parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
+    if options.tune:
+        tune(options)
+        return
     records = compare(options)
     print(markdown(records))
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

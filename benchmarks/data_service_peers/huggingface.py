@@ -14,19 +14,31 @@ from .tables import rows_of_table, write_arrow, write_parquet
 RESUME = "state_dict of IterableDataset, through torchdata's StatefulDataLoader"
 SETTINGS = {
     "format": "arrow",
+    "layout": "packed",
     "batch_rows": 2048,
     "workers": 2,
     "prefetch_factor": 4,
     "buffer_size": 8192,
 }
+VARIANTS = [
+    {"workers": 0},
+    {"workers": 1},
+    {"prefetch_factor": 16},
+    {"layout": "lists"},
+    {"format": "parquet"},
+    {"format": "parquet", "workers": 0},
+    {"batch_rows": 512},
+    {"buffer_size": 4096},
+    {"buffer_size": 16384},
+]
 
 
 def write(folder: Path, blocks: Iterator[Block]) -> None:
-    """List columns."""
+    """Files of one kind of table."""
     if SETTINGS["format"] == "arrow":
-        write_arrow(folder, blocks, SETTINGS["batch_rows"])
+        write_arrow(folder, blocks, SETTINGS["layout"], SETTINGS["batch_rows"])
     else:
-        write_parquet(folder, blocks, compression="none", use_dictionary=False)
+        write_parquet(folder, blocks, SETTINGS["layout"], compression="none", use_dictionary=False)
 
 
 class Tables(IterableDataset):

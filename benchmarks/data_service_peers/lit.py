@@ -17,6 +17,16 @@ SETTINGS = {
     "batch_decode": "auto",
     "item_shuffle_window": "auto",
 }
+VARIANTS = [
+    {"workers": 0},
+    {"workers": 1},
+    {"prefetch_factor": 16},
+    {"chunk_bytes": 16_777_216},
+    {"batch_decode": 0},
+    {"batch_decode": 0, "workers": 0},
+    {"batch_decode": 0, "item_shuffle_window": "full"},
+    {"batch_decode": 1024, "item_shuffle_window": 1024},
+]
 
 
 def write(folder: Path, blocks: Iterator[Block]) -> None:

@@ -22,6 +22,15 @@ SETTINGS = {
     "shuffle_block_size": 1 << 18,
     "predownload": 8 * BATCH,
 }
+VARIANTS = [
+    {"workers": 0},
+    {"workers": 1},
+    {"prefetch_factor": 16},
+    {"encoding": "ndarray:int32"},
+    {"shard_bytes": 16_777_216},
+    {"shuffle_algo": "py1e"},
+    {"shuffle_algo": "naive"},
+]
 
 # Packages that mosaicml-streaming imports for its vision and text datasets alone. The pinned torch has no torchvision
 # where there is no GPU, and the pinned datasets do not go with the transformers that mosaicml-streaming asks for.

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -15,17 +14,28 @@ from .tables import rows_of_table, write_parquet
 
 RESUME = "counts batches, skips whole row groups by their row counts"
 SETTINGS = {
+    "layout": "lists",
     "compression": "none",
-    "use_dictionary": False,
+    "use_dictionary": True,
     "workers": 2,
     "prefetch_factor": 4,
     "groups_per_buffer": 4,
 }
+VARIANTS = [
+    {"workers": 0},
+    {"workers": 1},
+    {"prefetch_factor": 16},
+    {"use_dictionary": False},
+    {"compression": "snappy"},
+    {"compression": "zstd"},
+    {"groups_per_buffer": 2},
+    {"groups_per_buffer": 8},
+]
 
 
 def write(folder: Path, blocks: Iterator[Block]) -> None:
     """List columns; one row group a block of users."""
-    write_parquet(folder, blocks, compression=SETTINGS["compression"], use_dictionary=SETTINGS["use_dictionary"])
+    write_parquet(folder, blocks, **{name: SETTINGS[name] for name in ("layout", "compression", "use_dictionary")})
 
 
 class RowGroups(IterableDataset):
@@ -35,7 +45,7 @@ class RowGroups(IterableDataset):
     `consumed` batches (over all workers, which take turns) are skipped by counting rows.
     """
 
-    def __init__(self, folder: Path, seed: int, consumed: int) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], seed: int, consumed: int) -> None:
         self.files = sorted(map(str, folder.glob("*.parquet")))
         metadata = [pq.read_metadata(file) for file in self.files]
         self.groups = [
@@ -43,7 +53,7 @@ class RowGroups(IterableDataset):
             for file, of in enumerate(metadata)
             for group in range(of.num_row_groups)
         ]
-        self.seed, self.consumed = seed, consumed
+        self.settings, self.seed, self.consumed = settings, seed, consumed
 
     def __iter__(self) -> Iterator[Padded]:
         worker = get_worker_info()
@@ -53,8 +63,9 @@ class RowGroups(IterableDataset):
         skip = BATCH * (self.consumed // workers + (number < self.consumed % workers))
         open_files: dict[int, pq.ParquetFile] = {}
         waiting: list[NDArray[np.int32]] = []
-        for start in range(0, len(order), SETTINGS["groups_per_buffer"]):
-            chosen = [self.groups[group] for group in order[start : start + SETTINGS["groups_per_buffer"]]]
+        size = self.settings["groups_per_buffer"]
+        for start in range(0, len(order), size):
+            chosen = [self.groups[group] for group in order[start : start + size]]
             shuffled = rng.permutation(sum(rows for *_, rows in chosen))
             if skip >= len(shuffled):
                 skip -= len(shuffled)
@@ -63,7 +74,7 @@ class RowGroups(IterableDataset):
             for file, group, _ in chosen:
                 if file not in open_files:
                     open_files[file] = pq.ParquetFile(self.files[file], memory_map=True)
-                rows += rows_of_table(_read(open_files[file], group))
+                rows += rows_of_table(open_files[file].read_row_group(group, use_threads=False))
             waiting += [rows[place] for place in shuffled[skip:]]
             skip, whole = 0, len(waiting) // BATCH * BATCH
             for first in range(0, whole, BATCH):
@@ -73,21 +84,19 @@ class RowGroups(IterableDataset):
             yield pad(waiting)
 
 
-def _read(file: pq.ParquetFile, group: int) -> pa.Table:
-    return file.read_row_group(group, use_threads=False)
-
-
 class Loader:
     """Batches of one epoch, from the state on if there is one."""
 
+    settings = SETTINGS
+
     def __init__(self, folder: Path, state: Any = None) -> None:
-        workers = SETTINGS["workers"]
+        workers = self.settings["workers"]
         self._delivered = state or 0
         self._loader = DataLoader(
-            RowGroups(folder, 0, self._delivered),
+            RowGroups(folder, self.settings, 0, self._delivered),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=SETTINGS["prefetch_factor"] if workers else None,
+            prefetch_factor=self.settings["prefetch_factor"] if workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:
