@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -172,12 +173,12 @@ def _new_rows(events: Events, known_users: KnownUsers, options: DataOptions, rep
     merged = _merge(events, known)
     repeated = merged.is_new & _known_before(merged)
     report.known_events += int(repeated.sum())
-    merged = merged.kept(~repeated)
+    merged = merged[~repeated]
     new = np.bincount(merged.user_E[merged.is_new], minlength=len(events.lengths))
     short = (new > 0) & (known.events + new < options.min_user_events)
     report.users_dropped += int(short.sum())
     report.events_dropped += int(new[short].sum())
-    merged = merged.kept(~short[merged.user_E])
+    merged = merged[~short[merged.user_E]]
     report.late_events += _late(merged, len(events.lengths))
 
     first_R, stop_R = _runs(merged)
@@ -211,7 +212,8 @@ class _Merged:
     is_new: NDArray[np.bool_]
     columns: dict[str, np.ndarray]
 
-    def kept(self, keep: NDArray[np.bool_]) -> "_Merged":
+    def __getitem__(self, keep: NDArray[Any]) -> "_Merged":
+        """Some of the events, by a mask or their places."""
         columns = {name: values[keep] for name, values in self.columns.items()}
         return _Merged(self.user_E[keep], self.is_new[keep], columns)
 
@@ -221,7 +223,7 @@ def _merge(events: Events, known: Known) -> _Merged:
     is_new = np.arange(len(user_E)) >= len(known.user_K)
     columns = {name: np.concatenate([values, events.columns[name]]) for name, values in known.columns.items()}
     merged = _Merged(user_E, is_new, columns)
-    return merged.kept(np.lexsort((is_new, columns["timestamp_ms"], user_E)))  # stable
+    return merged[np.lexsort((is_new, columns["timestamp_ms"], user_E))]  # stable
 
 
 def _known_before(merged: _Merged) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ import posixpath
 import time
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
@@ -22,6 +23,13 @@ def is_remote(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder has to be copied before it can be memory-mapped."""
     text = os.fspath(folder)
     return "://" in text and not text.startswith("file://")
+
+
+def file_exists(folder: str, name: str) -> bool:
+    """Whether a local or remote folder has a file now."""
+    if is_remote(folder):
+        return RemoteFolder(folder).exists(name)
+    return (Path(folder.removeprefix("file://")) / name).is_file()
 
 
 class RemoteFolder:

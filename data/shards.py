@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onetrain.data.activity import doing
 from onetrain.data.errors import DamagedShardError, DataError
 from onetrain.data.fingerprint import file_checksum
-from onetrain.data.manifest import Manifest
+from onetrain.data.manifest import Manifest, StoredFile
 from onetrain.data.schema import event_types, extra_column, user_column
 from onetrain.data.store import Stamp, Store, open_store
 from onetrain.data.stream_options import StreamOptions
@@ -93,13 +93,7 @@ class ShardReader:
         self.store: Store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.manifest = manifest
         self.types = {name: np.dtype(kind.to_pandas_dtype()) for name, kind in event_types(manifest.extra).items()}
-        paths = [self.store.path(stored) for stored in (manifest.user_table, manifest.batch_table)]
-        if file_checksum(paths[1]) != manifest.batch_table.xxh3_128:
-            raise DamagedShardError(
-                f"{self.store.name}/{manifest.batch_table.file} is damaged (checksum). Copy it again or run `onetrain "
-                "prepare` again.",
-                manifest.batch_table.file,
-            )
+        paths = [self.store.path(manifest.user_table), verified(self.store, manifest.batch_table)]
         self.table = UserTable.open(paths[0], paths[1], manifest.extra, manifest.user_features)
         if len(self.table.users) != manifest.users:
             raise DataError(f"{paths[0]} holds {len(self.table.users)} users, the manifest says {manifest.users}.")
@@ -230,6 +224,7 @@ class ShardReader:
         end = int(first_rows[batch + 1]) if batch + 1 < len(first_rows) else self.n_users
         records = self.table.users[int(first_rows[batch]) : end]
         if xxhash.xxh3_64_intdigest(records.data.cast("B")) != int(self.table.batches["users_xxh3"][batch]):
+            self.store.mend(users)  # the next start copies it again
             self.damaged.add(int(self.table.batches["shard"][batch]))
             raise DamagedShardError(
                 f"{self.store.name}/{users.file} is damaged: the records of users {first_rows[batch]} to {end - 1} are "
@@ -322,13 +317,26 @@ class Histories:
         return values
 
 
+def verified(store: Store, stored: StoredFile) -> Path:
+    """A local file, read and held against its checksum. Raises DamagedShardError when it is missing or damaged."""
+    for _ in range(2):
+        path = store.path(stored)
+        if file_checksum(path) == stored.xxh3_128:
+            return path
+        if not store.mend(stored):
+            break
+    raise DamagedShardError(
+        f"{store.name}/{stored.file} is damaged (checksum). Copy it again or run `onetrain prepare` again.", stored.file
+    )
+
+
 def read_items(folder: str | os.PathLike[str], options: StreamOptions | None = None) -> pa.Table:
     """The item table of a prepared folder, memory-mapped; row number = item index.
 
     Columns: item, text, categories, embedding (only if the source has one), f_<name> (int32) of every item attribute,
     train_count. `options` say where copies of a remote folder's files are kept.
     """
-    path = open_store(folder, options).path(Manifest.load(folder).items)
+    path = verified(open_store(folder, options), Manifest.load(folder).items)
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()

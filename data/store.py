@@ -48,7 +48,7 @@ class LocalStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = local_folder(folder)
         self.name = str(self.folder)
-        self.index_folders = (self.folder / "index",)
+        self.index_folders: tuple[Path, ...] = (self.folder / "index",)
 
     def of_version(self, version: int) -> "LocalStore":
         """See Store."""
@@ -133,7 +133,7 @@ class RemoteStore:
 
     def mend(self, stored: StoredFile) -> bool:
         """Removes a copy that is damaged itself, so that the next one is made from the folder."""
-        path = self.path(stored)
+        path = self.path(stored)  # not what was mapped, where that was removed meanwhile
         if file_checksum(path) == stored.xxh3_128:
             return False
         path.unlink(missing_ok=True)

@@ -1,11 +1,10 @@
 """Versions of a prepared folder: what `onetrain append` adds to it, each on top of the one before."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import FILE_NAME, Manifest
-from onetrain.data.remote import RemoteFolder, is_remote
+from onetrain.data.remote import file_exists
 
 if TYPE_CHECKING:
     from onetrain.data.store import Store
@@ -20,14 +19,10 @@ def version_folder(version: int) -> str:
 
 def newest_version(folder: str, since: int = 0) -> int:
     """The number of the newest complete version; `since` is known to be there. One look where nothing is new."""
-    remote = RemoteFolder(folder) if is_remote(folder) else None
     version = since
-    while True:
-        name = f"{version_folder(version + 1)}/{FILE_NAME}"
-        found = remote.exists(name) if remote else (Path(folder.removeprefix("file://")) / name).is_file()
-        if not found:
-            return version
+    while file_exists(folder, f"{version_folder(version + 1)}/{FILE_NAME}"):
         version += 1
+    return version
 
 
 def open_version(store: "Store", version: int) -> Manifest:

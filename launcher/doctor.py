@@ -17,9 +17,12 @@ from onetrain.cluster.errors import ClusterError
 from onetrain.cluster.options import ClusterOptions
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import FILE_NAME as MANIFEST
-from onetrain.data.manifest import Manifest, verify_shards, verify_sizes
+from onetrain.data.manifest import verify_shards, verify_sizes
+from onetrain.data.remote import file_exists, is_remote
 from onetrain.data.sids import DESCRIPTION as SIDS
 from onetrain.data.sids import SidMap
+from onetrain.data.store import local_folder, open_store
+from onetrain.data.versions import newest_version, open_version, version_folder
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.options import RunConfig
@@ -65,10 +68,10 @@ def checks(config: RunConfig | None = None, quick: bool = False) -> list[Check]:
     if not quick:
         found += [_deepspeed(), _ray(config.cluster if config else None)]
     found += [_shared_memory(), _open_files(), _clock()]
-    found += _folders([Path.cwd()] if config is None else [run_folder(config), Path(config.data.prepared)])
+    found += _folders([Path.cwd()] if config is None else [run_folder(config), *_local(config.data.prepared)])
     found.append(_wandb(config.tracking.wandb if config else "auto"))
     if config is not None:
-        found += [_mesh(config), _threads(config), *_prepared_data(Path(config.data.prepared), quick)]
+        found += [_mesh(config), _threads(config), *_prepared_data(config, quick)]
     return found
 
 
@@ -267,25 +270,35 @@ def _threads(config: RunConfig) -> Check:
     return Check("cores", "ok", detail)
 
 
-def _prepared_data(folder: Path, quick: bool) -> Iterator[Check]:
-    """Shards by size (and checksum unless `quick`), and the SID map by its fingerprint."""
-    if not (folder / MANIFEST).exists():
+def _local(folder: str) -> list[Path]:
+    return [] if is_remote(folder) else [local_folder(folder)]
+
+
+def _prepared_data(config: RunConfig, quick: bool) -> Iterator[Check]:
+    """Files of every version by size (and checksum unless `quick`), and the SID map by its fingerprint."""
+    folder = config.data.prepared
+    if not file_exists(folder, MANIFEST):
         yield Check("prepared data", "warn", f"none in {folder} yet", "onetrain prepare")
         return
     try:
-        manifest = Manifest.load(folder)
-        (verify_sizes if quick else verify_shards)(manifest, folder)
+        store, newest = open_store(folder, config.stream), newest_version(folder)
+        manifests = [open_version(store, version) for version in range(newest + 1)]
+        for version, manifest in enumerate([] if is_remote(folder) else manifests):
+            (verify_sizes if quick else verify_shards)(manifest, local_folder(folder) / version_folder(version))
     except DataError as error:
         yield Check("prepared data", "fail", str(error), "onetrain prepare")
         return
+    manifest = manifests[0]
     detail = f"{manifest.users:,} users, {manifest.events:,} events in {len(manifest.shards)} shards"
-    yield Check("prepared data", "ok", f"{detail}, {'sizes' if quick else 'checksums'} right")
-    sids = folder / "sids"
-    if not (sids / SIDS).exists():
-        yield Check("semantic IDs", "warn", f"none in {sids} yet", "onetrain tokenize")
+    if newest:
+        detail += f", {sum(m.n_train_events for m in manifests[1:]):,} events in {newest} appended versions"
+    checked = "to be checked when they are read" if is_remote(folder) else f"{'sizes' if quick else 'checksums'} right"
+    yield Check("prepared data", "ok", f"{detail}, {checked}")
+    if not file_exists(f"{folder}/sids", SIDS):
+        yield Check("semantic IDs", "warn", f"none in {folder}/sids yet", "onetrain tokenize")
         return
     try:
-        sid_map = SidMap.load(str(sids))
+        sid_map = SidMap.load(f"{folder}/sids", config.stream)
         sid_map.check_against(manifest)
     except DataError as error:
         yield Check("semantic IDs", "fail", str(error), "onetrain tokenize")

@@ -4,12 +4,13 @@ Arithmetic only: no model, no GPU, and no data unless they are prepared already.
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from onetrain.data.features import FIXED_SIZES, NUMBER_BUCKETS, USER
 from onetrain.data.manifest import FILE_NAME as MANIFEST
+from onetrain.data.remote import file_exists
 from onetrain.data.schema import extra_column
+from onetrain.data.sids import DESCRIPTION as SIDS
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.features import all_features
 from onetrain.launcher.options import RunConfig
@@ -159,8 +160,8 @@ def plan_vocabulary(config: RunConfig) -> tuple[Vocabulary, str, int | None]:
 
     Prepared data with SIDs win; else tokenizer.codebook and plan.sizes. Raises ConfigError for a size that is missing.
     """
-    folder = Path(config.data.prepared)
-    if config.data.prepared and (folder / MANIFEST).exists() and (folder / "sids").exists():
+    folder = config.data.prepared
+    if folder and file_exists(folder, MANIFEST) and file_exists(f"{folder}/sids", SIDS):
         from onetrain.launcher.job import PreparedData
 
         data = PreparedData.open(config)

@@ -343,6 +343,19 @@ def test_an_index_without_a_damaged_shard_lasts_as_long_as_the_damage(prepared, 
     assert (again.skipped_shards, len(again), len(built)) == ((), len(whole), made)
 
 
+def test_a_damaged_item_table_is_found_and_a_damaged_copy_made_again(prepared, tmp_path):
+    options, url = StreamOptions(cache=str(tmp_path / "cache")), url_of(prepared)
+    expected = read_items(url, options).to_pylist()
+    (copy,) = (tmp_path / "cache" / "copies" / "files").glob("*items.arrow")
+    damage(copy, "flipped")
+    assert read_items(url, options).to_pylist() == expected
+    damage(prepared / "items.arrow", "flipped")
+    assert read_items(url, options).to_pylist() == expected  # the copy is good
+    for folder in (str(prepared), url):
+        with pytest.raises(DataError, match=rf"{folder}/items\.arrow is damaged"):
+            read_items(folder, StreamOptions(cache=str(tmp_path / "other")))
+
+
 def test_stores_are_found_by_the_folders_name(tmp_path):
     assert isinstance(open_store(tmp_path), LocalStore)
     assert isinstance(open_store(f"file://{tmp_path}"), LocalStore)
