@@ -1,16 +1,19 @@
 """Appended versions hold every new event once, behind the newest known events of its user, in one chain."""
 
+import fcntl
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from raw_events import options, random_events, shuffled_rows, write_rows
 
-from onetrain.data.append import append
+from onetrain.data.append import LOCK, append
 from onetrain.data.errors import DataError
-from onetrain.data.manifest import Manifest, verify_shards
+from onetrain.data.manifest import verify_shards
 from onetrain.data.options import DataOptions
 from onetrain.data.prepare import prepare
 from onetrain.data.shards import ShardReader
@@ -213,24 +216,31 @@ def test_attributes_are_the_files_or_what_was_known(tmp_path):
         append(with_day(3, [1], users=write_users("c.csv", [(1, "Köln")]), **attributes))
 
 
-def test_a_failed_append_leaves_no_version(tmp_path, monkeypatch):
+KILLED = """
+import os, sys, signal
+from onetrain.data.append import append
+from onetrain.data.manifest import Manifest
+from onetrain.data.options import DataOptions, SourceOptions
+Manifest.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+append(DataOptions(prepared=sys.argv[1], source=SourceOptions(events=sys.argv[2], extra=("price",))))
+"""
+
+
+def test_a_killed_append_leaves_no_version(tmp_path):
     days = [day(9, 0), day(9, 1)]
     opts = options(tmp_path, log_of(tmp_path, days[0], "0"), source=EXTRA)
     prepare(opts)
     new = replace(opts, source=replace(opts.source, events=log_of(tmp_path, days[1], "1")))
-
-    def fail(*args):
-        raise RuntimeError("killed")
-
-    monkeypatch.setattr(Manifest, "save", fail)
-    with pytest.raises(RuntimeError, match="killed"):
-        append(new)
-    monkeypatch.undo()
+    assert subprocess.run([sys.executable, "-c", KILLED, opts.prepared, new.source.events]).returncode == -9
+    versions = tmp_path / "prepared" / "versions"
+    assert len(list(versions.iterdir())) == 1  # the unfinished one
     assert newest_version(opts.prepared) == 0
-    left = tmp_path / "prepared" / "versions" / ".00001.preparing-x"  # as of a process that was killed
-    left.mkdir()
+    with (tmp_path / "prepared" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="Another `onetrain append` is at work"):
+            append(new)
     assert append(new).version == 1
-    assert [path.name for path in left.parent.iterdir()] == ["00001"]
+    assert [path.name for path in versions.iterdir()] == ["00001"]
 
 
 def test_versions_of_another_folder_are_refused(tmp_path):
