@@ -156,10 +156,11 @@ def watched_buckets(watch_ms: NDArray[np.int64], duration_ms: NDArray[np.int64])
     """Share of the duration that was watched: 0 = unknown, else 1 + whole tenths, at most 11."""
     known = watch_ms >= 0
     known &= duration_ms > 0
-    tenths = 10.0 * np.maximum(watch_ms, 0)
-    tenths /= np.maximum(duration_ms, 1)  # below an integer where the true quotient is, up to 2 ** 49 ms
-    np.minimum(tenths, WATCHED_BUCKETS - 2, out=tenths)
-    buckets = tenths.astype(np.uint8)
+    with np.errstate(all="ignore"):  # what is unknown may come to anything, and counts as 0 in the end
+        tenths = 10.0 * watch_ms
+        tenths /= duration_ms  # below an integer where the true quotient is, up to 2 ** 49 ms
+        np.minimum(tenths, WATCHED_BUCKETS - 2, out=tenths)
+        buckets = tenths.astype(np.uint8)
     buckets += 1
     buckets *= known
     return buckets

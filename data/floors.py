@@ -15,9 +15,11 @@ from scipy import sparse
 
 from onetrain.data.samples import Sample
 from onetrain.data.shards import ShardReader
+from onetrain.data.training_events import training_blocks
 
 FLOORS = ("popularity", "last-item transitions")
 REVERSE_WEIGHT = 0.5
+EVENTS_PER_BLOCK = 1_000_000
 
 
 class Floors:
@@ -25,15 +27,12 @@ class Floors:
 
     def __init__(self, reader: ShardReader, items: int) -> None:
         self.popularity_I = np.zeros(items)
-        before, after = [], []
-        for row in range(reader.n_users):
-            user = reader.user(row)
-            trained = user.item[: user.valid_start]
-            np.add.at(self.popularity_I, trained, 1)
-            before.append(trained[:-1])
-            after.append(trained[1:])
-        pair = (np.concatenate(before), np.concatenate(after))
-        follows = sparse.coo_matrix((np.ones(len(pair[0])), pair), shape=(items, items)).tocsr()
+        follows = sparse.csr_matrix((items, items))
+        for item, user in training_blocks(reader, EVENTS_PER_BLOCK):
+            self.popularity_I += np.bincount(item, minlength=items)
+            pair = np.flatnonzero(user[1:] == user[:-1])
+            counted = (np.ones(len(pair)), (item[pair], item[pair + 1]))
+            follows += sparse.coo_matrix(counted, shape=(items, items)).tocsr()
         self.transitions = (follows + REVERSE_WEIGHT * follows.T).tocsr()
         self._tie_break_I = self.popularity_I * (REVERSE_WEIGHT / 2 / (self.popularity_I.max() + 1))
 

@@ -3,7 +3,7 @@
 Every function returns one row per row of the item table. Legend: I items, D width of an embedding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import fsspec
 import numpy as np
@@ -14,6 +14,7 @@ from sklearn.decomposition import TruncatedSVD
 
 from onetrain.data.errors import DataError
 from onetrain.data.shards import ShardReader
+from onetrain.data.training_events import training_blocks
 
 Embeddings = NDArray[np.float32]
 Progress = Callable[[str, int, int | None], None]  # what is going on, how much is done, of how much
@@ -88,12 +89,15 @@ def cooccurrence_embeddings(
         raise DataError(
             f"tokenizer.cooccurrence_dim is {dim}; with {n_items} items it lies between 1 and {n_items - 1}"
         )
-    counts = sparse.csr_array((n_items, n_items), dtype=np.float64)
-    for item, user in _training_blocks(reader, progress):
+    counts, done = sparse.csr_array((n_items, n_items), dtype=np.float64), 0
+    for item, user in training_blocks(reader, EVENTS_PER_BLOCK):
         for gap in range(1, window + 1):
             pair = (user[gap:] == user[:-gap]) & (item[gap:] != item[:-gap])
             left, right = item[:-gap][pair], item[gap:][pair]
             counts += sparse.coo_array((np.ones(len(left)), (left, right)), shape=counts.shape).tocsr()
+        done += len(item)
+        if progress:
+            progress("counting item pairs", done, reader.manifest.n_train_events)
     counts = counts + counts.T
     if not counts.nnz:
         raise DataError(
@@ -124,26 +128,6 @@ def unit_rows(rows_ID: NDArray[np.floating]) -> Embeddings:
 def side_by_side(*blocks: NDArray[np.floating]) -> Embeddings:
     """Blocks of embeddings of the same items, each at unit length, joined into (I, sum of D)."""
     return np.concatenate([unit_rows(block) for block in blocks], axis=1)
-
-
-def _training_blocks(
-    reader: ShardReader, progress: Progress | None
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Items and user rows of the training events, users in order, in blocks of whole users of about one size."""
-    items: list[NDArray[np.int64]] = []
-    users: list[NDArray[np.int64]] = []
-    held = 0
-    for row in range(reader.n_users):
-        sequence = reader.user(row)
-        trained = sequence.item[: sequence.valid_start].astype(np.int64)
-        items.append(trained)
-        users.append(np.full(len(trained), row))
-        held += len(trained)
-        if held >= EVENTS_PER_BLOCK or row == reader.n_users - 1:
-            yield np.concatenate(items), np.concatenate(users)
-            items, users, held = [], [], 0
-            if progress:
-                progress("counting item pairs", row + 1, reader.n_users)
 
 
 def _finite(array: NDArray[np.floating], items: pa.Table, source: str) -> Embeddings:

@@ -1,5 +1,6 @@
 """Random users in small real shards, of a random layout; written once per process and removed when it ends."""
 
+import atexit
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,7 @@ CITIES = ("Bonn", "Ulm")
 ITEMS = 15
 HOUR_MS = 3_600_000
 _FOLDER = tempfile.TemporaryDirectory(prefix="onetrain-tests-")
+atexit.register(_FOLDER.cleanup)
 _numbers = count()
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from random_shards import ITEMS, MANIFEST, random_data, random_items, random_sids
 
+from onetrain.data import floors as floors_module
+from onetrain.data import training_events
 from onetrain.data.batch import BatchBuilder
 from onetrain.data.features import FeatureNames
 from onetrain.data.floors import FLOORS, Floors
@@ -30,6 +32,25 @@ def scores(users):
         popularity.update(trained)
         follows.update(pairwise(trained))
     return popularity, follows
+
+
+@pytest.mark.parametrize("events", [1, 20, 10**6])
+def test_training_events_come_in_blocks_of_whole_users(events, monkeypatch):
+    data = random_data(2, users=40)
+    monkeypatch.setattr(training_events, "MOST_USERS", 9)
+    blocks = list(training_events.training_blocks(data.reader, events))
+    trained = [(int(item), row) for row, user in enumerate(data.users) for item in user.item[: user.valid_start]]
+    assert [pair for block in blocks for pair in zip(*(values.tolist() for values in block), strict=True)] == trained
+    of_users = [set(user.tolist()) for _, user in blocks]
+    assert sum(map(len, of_users)) == len(set.union(*of_users))  # nobody is cut in two
+    assert all(len(users) == 1 or len(item) <= events for (item, _), users in zip(blocks, of_users, strict=True))
+    assert all(len(users) <= 9 for users in of_users)
+    monkeypatch.setattr(floors_module, "EVENTS_PER_BLOCK", events)
+    floors, (popularity, follows) = Floors(data.reader, ITEMS), scores(data.users)
+    assert {item: floors.popularity_I[item] for item in popularity} == popularity
+    assert floors.popularity_I.sum() == len(trained)
+    for (before, after), times in follows.items():
+        assert floors.transitions[before, after] == times + 0.5 * follows[after, before]
 
 
 @pytest.mark.parametrize("seed", range(10))

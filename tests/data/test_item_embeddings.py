@@ -2,11 +2,12 @@ import math
 import sys
 import types
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from random_shards import random_user, store
 
 from onetrain.data import item_embeddings
 from onetrain.data.errors import DataError
@@ -20,27 +21,18 @@ from onetrain.data.item_embeddings import (
 )
 
 
-@dataclass
-class Sequence:
-    item: np.ndarray
-    valid_start: int
-
-
-class Reader:
-    """Users in memory."""
-
-    def __init__(self, sequences):
-        self.sequences = sequences
-        self.n_users = len(sequences)
-
-    def user(self, row):
-        return self.sequences[row]
-
-
 def random_users(seed, items=20, users=30):
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(0, 15, size=users)
-    return [Sequence(rng.integers(items, size=n, dtype=np.int32), int(rng.integers(0, n + 1))) for n in lengths]
+    made = []
+    for number in range(users):
+        user = random_user(rng, f"u{number}")
+        item, valid_start = rng.integers(items, size=len(user), dtype=np.int32), int(rng.integers(0, len(user) + 1))
+        made.append(replace(user, item=item, valid_start=valid_start, test_start=len(user)))
+    return made
+
+
+def reader_of(users):
+    return store(users, shard_events=90, batch_events=40).reader
 
 
 def item_table(rows, embedding=None, text=None):
@@ -133,7 +125,7 @@ def test_cooccurrence_factorises_the_loop_reference(window, monkeypatch):
     expected = unit_rows(u[:, :6] * np.sqrt(s[:6]))
 
     monkeypatch.setattr(item_embeddings, "EVENTS_PER_BLOCK", 40)
-    found = cooccurrence_embeddings(Reader(users), items, 6, window, seed=0)
+    found = cooccurrence_embeddings(reader_of(users), items, 6, window, seed=0)
     # equal up to the sign of each singular vector
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=0.02)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
@@ -141,21 +133,21 @@ def test_cooccurrence_factorises_the_loop_reference(window, monkeypatch):
 
 def test_cooccurrence_reads_training_events_only():
     users = random_users(4)
-    first = cooccurrence_embeddings(Reader(users), 20, 6, 5, seed=0)
-    changed = [Sequence(user.item.copy(), user.valid_start) for user in users]
-    for user in changed:
-        user.item[user.valid_start :] = 7
-    np.testing.assert_array_equal(cooccurrence_embeddings(Reader(changed), 20, 6, 5, seed=0), first)
-    changed[0].valid_start = len(changed[0].item)
-    assert (cooccurrence_embeddings(Reader(changed), 20, 6, 5, seed=0) != first).any()
+    first = cooccurrence_embeddings(reader_of(users), 20, 6, 5, seed=0)
+    changed = [replace(user, item=np.where(np.arange(len(user)) < user.valid_start, user.item, 7)) for user in users]
+    np.testing.assert_array_equal(cooccurrence_embeddings(reader_of(changed), 20, 6, 5, seed=0), first)
+    late = next(number for number, user in enumerate(users) if 0 < user.valid_start < len(user))
+    changed[late] = replace(changed[late], valid_start=len(users[late]), test_start=len(users[late]))
+    assert (cooccurrence_embeddings(reader_of(changed), 20, 6, 5, seed=0) != first).any()
 
 
 def test_cooccurrence_faults():
     with pytest.raises(DataError, match="cooccurrence_dim is 20; with 20 items"):
-        cooccurrence_embeddings(Reader(random_users(5)), 20, 20, 5, seed=0)
-    lonely = [Sequence(np.array([1, 2, 3]), 1)]
+        cooccurrence_embeddings(reader_of(random_users(5)), 20, 20, 5, seed=0)
+    user = next(user for user in random_users(6) if len(user) > 2)
+    lonely = [replace(user, valid_start=1)]
     with pytest.raises(DataError, match="no two training events"):
-        cooccurrence_embeddings(Reader(lonely), 20, 4, 5, seed=0)
+        cooccurrence_embeddings(reader_of(lonely), 20, 4, 5, seed=0)
 
 
 def test_blocks_stand_side_by_side_at_unit_length():
