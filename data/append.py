@@ -179,6 +179,7 @@ def _new_rows(events: Events, known_users: KnownUsers, options: DataOptions, rep
     report.users_dropped += int(short.sum())
     report.events_dropped += int(new[short].sum())
     merged = merged[~short[merged.user_E]]
+    report.new_users += int(((new > 0) & ~short & (known.events == 0)).sum())
     report.late_events += _late(merged, len(events.lengths))
 
     first_R, stop_R = _runs(merged)

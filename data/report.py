@@ -25,4 +25,5 @@ class Report:
     users_not_in_file: int = 0  # users of the log that the user file lacks
     unknown_items: int = 0  # of an append: rows of items that the folder lacks, which have no SID
     known_events: int = 0  # of an append: events that the folder has already
+    new_users: int = 0  # of an append: users of whom nothing was known
     late_events: int = 0  # of an append: new events that are older than the newest one known of their user

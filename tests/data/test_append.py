@@ -95,6 +95,7 @@ def test_every_new_event_trains_in_one_version_behind_what_was_known(tmp_path, h
         assert made.version == number
         assert made.manifest.parent == parents[-1]
         parents.append(made.manifest.fingerprint)
+        assert made.report.new_users == len(set(days[number]) - set().union(*days[:number])) > 0
         if number == 2:
             assert made.report.late_events > 20
             assert made.report.known_events > 20
