@@ -6,7 +6,7 @@ another, that is all; else samples.bin holds a record per sample, and moments.bi
 Legend: U users and E events of a record batch, R requests.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ FORMAT = 1
 ORDER_KEYS = ("max_context", "request_by", "share_context", "target_behaviours", "min_context")
 SAMPLE = np.dtype([(name, "<i4") for name in ("start", "first", "stop", "end")])
 _CHUNK_USERS = 1 << 16
+_BATCHES = 8  # record batches that are looked at together
 
 
 def table_key(reader: ShardReader, split: Split, options: BatchOptions) -> str:
@@ -58,8 +59,8 @@ def build_table(
     if is_plain(options) and not by_time:
         return {"samples": _count_plain(folder, reader, split, options), "skipped_shards": []}
     skipped = damaged_shards(reader, range(len(reader.manifest.shards))) if skip_damaged else []
-    samples, bounds = 0, np.append(reader.table.batches["first_row"], reader.n_users).tolist()
-    for (begin, end), shard in zip(pairwise(bounds), reader.table.batches["shard"].tolist(), strict=True):
+    samples = 0
+    for begin, end, shard in _parts(reader):
         if shard in skipped:
             append(folder / "ends.bin", np.full(end - begin, samples, np.int64))
             continue
@@ -72,6 +73,15 @@ def build_table(
             append(folder / "moments.bin", requests.moment_R[last])
         samples += len(table)
     return {"samples": samples, "skipped_shards": skipped}
+
+
+def _parts(reader: ShardReader) -> Iterator[tuple[int, int, int]]:
+    """First and past-the-last row of a few record batches of one shard, and the shard; all of them in turn."""
+    batches = reader.table.batches
+    begins = (np.arange(len(batches)) % _BATCHES == 0) | (np.diff(batches["shard"], prepend=-1) != 0)
+    bounds = np.append(batches["first_row"][begins], reader.n_users).tolist()
+    for (begin, end), shard in zip(pairwise(bounds), batches["shard"][begins].tolist(), strict=True):
+        yield begin, end, shard
 
 
 def damaged_shards(reader: ShardReader, shards: Iterable[int]) -> list[int]:

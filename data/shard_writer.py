@@ -11,7 +11,8 @@ from onetrain.data.manifest import StoredFile
 from onetrain.data.schema import BOUNDS, event_types, shard_schema
 from onetrain.data.user_table import BATCHES, USERS, UserTableWriter
 
-BATCH_EVENTS = 65_536  # most events of a record batch that holds more than one user
+# most events of a record batch that holds more than one user: what is read and checked when one of them is first wanted
+BATCH_EVENTS = 16_384
 
 
 @dataclass(frozen=True)
