@@ -211,9 +211,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     source = replace(
         source, events=_absolute(source.events), items=_absolute(source.items), users=_absolute(source.users)
     )
+    mixture = {name: replace(part, prepared=_absolute(part.prepared)) for name, part in config.stream.mixture.items()}
     return replace(
         config,
         storage_path=_absolute(config.storage_path),
+        stream=replace(config.stream, cache=_absolute(config.stream.cache), mixture=mixture),
         data=replace(config.data, prepared=_absolute(config.data.prepared), source=source),
         tokenizer=replace(config.tokenizer, array=_absolute(config.tokenizer.array)),
         train=replace(config.train, warm_start=_absolute(config.train.warm_start)),

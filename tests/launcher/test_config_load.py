@@ -42,6 +42,13 @@ def test_defaults_are_those_of_the_options(write):
     assert config == expected
 
 
+def test_folders_of_the_stream_are_absolute_and_urls_stay(write):
+    mixture = "{a: {parts: 1}, b: {parts: 2, prepared: p/b}, c: {parts: 3, prepared: s3://x/c}}"
+    stream = load_config(write(SMALLEST + f"stream: {{cache: cache, mixture: {mixture}}}")).stream
+    assert stream.cache == f"{Path.cwd()}/cache"
+    assert [part.prepared for part in stream.mixture.values()] == [None, f"{Path.cwd()}/p/b", "s3://x/c"]
+
+
 def test_sections_lists_and_numbers_arrive_with_their_types(write):
     config = load_config(
         write(
