@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from onetrain.data.cursor import Cursor
 from onetrain.data.errors import DataError
 from onetrain.data.service.groups import find_actor
-from onetrain.data.service.messages import Member, Report, pool_name
+from onetrain.data.service.messages import BuilderStatus, Member, Report, pool_name
 from onetrain.data.steps import BuiltStep, StreamSpec
 
 LOOK_S = 0.2  # between looks at what is late, while waiting
@@ -50,11 +50,12 @@ class Dispatcher:
         if self._pool is None:
             raise DataError(
                 f"there is no data service for the run {run!r} on this Ray cluster (no actor {pool_name(run)}). "
-                "It lives as long as the `onetrain train` that started it; set stream.service.actors to 0 to do without."
+                "It lives as long as the command that started it; set stream.service.actors to 0 to do without."
             )
         self._spec, self._rank, self._warn = spec, rank, warn
         self._service = spec.stream.service
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, Member] = {}  # that answer, by name
+        self._known: dict[str, Member] = {}  # and those that did
         self._requests: list[Request] = []
         self._late: dict[Any, str] = {}  # calls whose step another builder delivered first
         self._failed: dict[str, float] = {}  # builders that failed, and when
@@ -82,9 +83,10 @@ class Dispatcher:
         while not request.done:
             late = time.perf_counter() - begun
             if late >= self._service.give_up_s:
+                line = self._late_line(request, late, self._status(set(request.asked.values())))
                 raise DataError(
-                    f"{self._late_line(request, late)}. stream.service.give_up_s is over; look at that shard's disk or "
-                    "store, at the actor's node, and for free resources."
+                    f"{line}. stream.service.give_up_s is over; look at that shard's disk or store, at the actor's node, "
+                    "and for free resources."
                 )
             if late >= (request.stalls + 1) * self._service.stall_warning_s:
                 self._stall(request, late)
@@ -98,43 +100,42 @@ class Dispatcher:
         return request.built, time.perf_counter() - begun
 
     def forget(self, requests: list[Request]) -> None:
-        """Requests whose answers nobody wants any more."""
+        """Requests whose answers nobody wants any more.
+
+        They are not cancelled: with Ray 2.60 that may hold up an actor's later calls for half a minute.
+        """
         for request in requests:
             self._late |= request.asked
-            if not request.done:
-                for ref in request.asked:
-                    with contextlib.suppress(RayError, ValueError):
-                        ray.cancel(ref)  # where it has not begun
         self._requests = [request for request in self._requests if request not in requests]
 
     def look(self, wait_s: float) -> None:
         """Take what has arrived, wait for something so long if nothing has, and see to what failed."""
         calls = {ref: request for request in self._requests for ref in request.asked}
         refs = [*calls, *self._late, *([] if self._report is None else [self._report])]
-        if not refs:
-            time.sleep(wait_s)
-        else:
-            ready, _ = ray.wait(refs, num_returns=1 if wait_s else len(refs), timeout=wait_s)
-            for ref in ready:
-                if ref in calls:
-                    self._answer(calls[ref], ref)
-                elif ref in self._late:
-                    self._delivers(self._late.pop(ref))
-                else:
-                    self._learn(ref)
-        for request in self._requests:
-            if not request.done and not request.asked:
-                self._send(request)
+        ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
+        if not ready and wait_s:
+            if refs:
+                ready = ray.wait(refs, num_returns=1, timeout=wait_s)[0]
+            else:
+                time.sleep(wait_s)
+        for ref in ready:
+            if ref == self._report:
+                self._learn(ref)
+            elif ref in self._late:
+                self._delivers(self._late.pop(ref))
+            else:
+                self._answer(calls[ref], ref)
+        self._send_again()
         self._tell()
 
     def _answer(self, request: Request, ref: Any) -> None:
-        name = request.asked.pop(ref, "")
+        name = request.asked.pop(ref)
         try:
             built = ray.get(ref).open()
         except RayTaskError as error:
             if not request.done:
                 request.error = error.cause if isinstance(error.cause, Exception) else error
-                request.error.add_note(f"raised by the data service's actor {self._members.get(name, name)}: {error}")
+                request.error.add_note(f"raised by the data service's actor {self._known[name]}: {error}")
         except RayError:
             self._failed[name] = time.monotonic()
             return
@@ -147,62 +148,77 @@ class Dispatcher:
     def _delivers(self, name: str) -> None:
         self._stalled.pop(name, None)
 
-    def _send(self, request: Request, besides: tuple[str, ...] = ()) -> bool:
-        """Ask the best builder that is not among `besides`; False if there is none."""
+    def _send(self, request: Request, besides: tuple[str, ...] = ()) -> list[str]:
+        """Ask the best builder that is not among `besides`; returns it, or nothing if there is none."""
         now = time.monotonic()
         self._failed = {name: at for name, at in self._failed.items() if now - at < AVOID_S}
         avoided = self._failed.keys() | self._stalled.keys()
         names = sorted(self._members.keys() - set(besides))
         good = [name for name in names if name not in avoided]
         if not good and (besides or now - request.asked_at < AGAIN_S):
-            return False
+            return []
         busy = Counter([name for request in self._requests for name in request.asked.values()])
         busy.update(self._late.values())
         turned = [(good or names)[(self._turn + n) % len(good or names)] for n in range(len(good or names))]
         if not turned:
-            return False
+            return []
         name = min(turned, key=lambda name: busy[name])
         self._turn, request.asked_at = self._turn + 1, now
         ref = self._members[name].actor.build.remote(self._spec, request.cursor, self._rank)
         request.asked[ref] = name
-        return True
+        return [name]
+
+    def _send_again(self) -> list[str]:
+        """Ask others for what failed, or is with builders that are late; returns whom."""
+        asked = []
+        for request in self._requests:
+            if not request.done and all(name in self._stalled for name in request.asked.values()):
+                asked += self._send(request, tuple(request.asked.values()))
+        return asked
 
     def _stall(self, request: Request, late: float) -> None:
         """Say who is late and where; what was asked of these builders is also asked of others."""
-        request.stalls += 1
-        slow = tuple(request.asked.values())
-        line = self._late_line(request, late)
-        for name in slow:
-            self._stalled[name] = self._members[name].status.pid if name in self._members else 0
-        moved = [
-            self._send(other, tuple(other.asked.values()))
-            for other in self._requests
-            if not other.done and set(other.asked.values()) & set(slow)
-        ]
-        others = sorted(set(request.asked.values()) - set(slow))
-        line += f"; {', '.join(others)} builds it too" if any(moved) and others else "; there is no other builder"
-        if request.stalls == 1 or any(moved):
+        first, asked = request.stalls == 0, dict(request.asked)
+        request.stalls = int(late / self._service.stall_warning_s)
+        status = self._status(set(asked.values()))
+        self.look(0.0)  # asking took its time
+        if request.done:
+            return
+        line = self._late_line(request, late, status)
+        again = time.monotonic() - request.asked_at < self._service.stall_warning_s  # asked lately
+        for ref, name in asked.items():
+            if name in status and not status[name].tasks and not again and ref in request.asked:
+                self._late[ref] = request.asked.pop(ref)  # the call or its answer was lost
+            elif name not in status or not again:
+                self._stalled[name] = self._known[name].status.pid
+        others = self._send_again()
+        if first or others:
+            line += f"; asking {', '.join(sorted(set(others)))}" if others else "; no other builder answers"
             self._warn(line)
             if self._rank:  # only data rank 0's output is shown
                 self._messages.append(line)
 
-    def _late_line(self, request: Request, late: float) -> str:
-        step = f"the step at position {request.cursor.position} of data rank {self._rank} is {late:.1f} s late"
-        asked = list(request.asked.values())
-        if not asked:
-            return f"{step}: no builder of the data service answers ({len(self._members)} known)"
-        return f"{step}: {'; '.join(map(self._describe, asked))}"
-
-    def _describe(self, name: str) -> str:
-        """A builder, and what it is at: by its own word, or by the last that the pool heard of it."""
-        member = self._members.get(name)
-        if member is None:
-            return f"{name} is gone"
-        try:
-            return f"{member} is {ray.get(member.actor.status.remote(), timeout=STATUS_TIMEOUT_S)}"
-        except (RayError, GetTimeoutError):
+    def _late_line(self, request: Request, late: float, status: dict[str, BuilderStatus]) -> str:
+        """Who is late, and what each builder is at: by its own word, or by the last that the pool heard of it."""
+        facts = []
+        for name in request.asked.values():
+            member = self._known[name]
             ago = member.age_s + time.monotonic() - self._learned_at
-            return f"{member} does not answer; {ago:.1f} s ago it was {member.status}"
+            silent = f"does not answer; {ago:.1f} s ago it was {member.status}"
+            facts.append(f"{member} {f'is {status[name]}' if name in status else silent}")
+        if not facts:
+            facts = [f"no builder answers, of {', '.join(map(str, self._known.values())) or 'none known'}"]
+        position = request.cursor.position
+        return f"the step at position {position} of data rank {self._rank} is {late:.1f} s late: {'; '.join(facts)}"
+
+    def _status(self, names: set[str]) -> dict[str, BuilderStatus]:
+        """What these builders do now, those that answer."""
+        calls = {self._known[name].actor.status.remote(): name for name in names}
+        found = {}
+        for ref in ray.wait(list(calls), num_returns=len(calls), timeout=STATUS_TIMEOUT_S)[0] if calls else []:
+            with contextlib.suppress(RayError):
+                found[calls[ref]] = ray.get(ref)
+        return found
 
     def _tell(self) -> None:
         """Report to the pool, if it is time and the last report has arrived."""
@@ -222,6 +238,7 @@ class Dispatcher:
             return  # it restarts
         self._learned_at = now = time.monotonic()
         self._members = {member.name: member for member in members}
+        self._known |= self._members
         for name, member in self._members.items():
             if now - member.age_s > self._failed.get(name, now):
                 del self._failed[name]

@@ -74,6 +74,7 @@ class Report:
 class PoolStatus:
     """The whole pool."""
 
+    pid: int  # of the pool's process
     wanted: int  # builders
     placed: bool  # whether all of these have their resources
     members: list[Member]  # those that answer

@@ -3,6 +3,7 @@
 It may die at any time. Its next life finds groups and builders by their names; clients go on with those they know.
 """
 
+import os
 import threading
 import time
 import traceback
@@ -39,8 +40,11 @@ class Pool:
         self._messages: deque[str] = deque(maxlen=KEPT_MESSAGES)
         self._shortage: str | None = None
         self._no_growth_before = 0.0
+        self._placed = False
         self._pending_since: float | None = None
-        threading.Thread(target=self._work, name="onetrain-pool", daemon=True).start()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="onetrain-pool", daemon=True)
+        self._thread.start()
 
     def report(self, report: Report) -> list[Member]:
         """A client's report; returns the builders that answer."""
@@ -58,10 +62,10 @@ class Pool:
         """What the pool holds."""
         with self._lock:
             wanted = self._scaled if self._scaled is not None else self._wanted
-            placed = self._groups is not None and self._pending_since is None
             return PoolStatus(
+                pid=os.getpid(),
                 wanted=wanted or self._options.actors,
-                placed=placed and self._scaled is None,
+                placed=self._placed and self._scaled is None,
                 members=self._members(),
                 data_wait=self._growth.share,
                 shortage=self._shortage,
@@ -75,6 +79,11 @@ class Pool:
             self._messages.clear()
             return messages
 
+    def stop(self) -> None:
+        """Place nothing any more; returns when nothing is being placed."""
+        self._ended.set()
+        self._thread.join()
+
     def _members(self) -> list[Member]:
         if self._groups is None:
             return []
@@ -82,12 +91,12 @@ class Pool:
         return [Member(name, actors[name], s, now - at) for name, (s, at) in self._seen.items() if name in actors]
 
     def _work(self) -> None:
-        while True:
+        while not self._ended.is_set():
             try:
                 self._tick()
             except Exception:  # the pool must not end for one failed call; the next look may find things mended
                 self._say(f"data service: {traceback.format_exc().strip().splitlines()[-1]}")
-            time.sleep(TICK_S)
+            self._ended.wait(TICK_S)
 
     def _tick(self) -> None:
         if self._groups is None:
@@ -106,6 +115,7 @@ class Pool:
                 self._wanted = self._growth.least = self._scaled
                 self._growth.most = max(self._options.max_actors or 0, self._scaled)
                 self._scaled = self._shortage = None
+                self._placed = False
             wanted = self._wanted or 0
             before = groups.size
         if wanted != before:
@@ -115,6 +125,7 @@ class Pool:
         pending = [group for group in groups.groups if group.state() == "PENDING"]
         now = time.monotonic()
         self._pending_since = (self._pending_since or now) if pending else None
+        self._placed = not pending
         if self._pending_since is None or now - self._pending_since < PLACE_TIMEOUT_S:
             return
         table = shortage(wanted, self._options.cpus_per_actor)
@@ -157,8 +168,9 @@ class Pool:
             with self._lock:
                 self._seen[name] = status, time.monotonic()
         except RayError as error:
-            if name in self._seen:
-                self._say(f"data service: {name} died and is replaced ({str(error).strip().splitlines()[-1]})")
+            if (seen := self._seen.get(name)) is not None:
+                where = f"{name} (node {seen[0].node}, pid {seen[0].pid})"
+                self._say(f"data service: {where} died or cannot be reached; Ray starts it again")
             self._forget(name)
             if isinstance(error, ActorDiedError) and find_actor(name) is None:
                 groups.ensure(name)

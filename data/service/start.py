@@ -19,6 +19,7 @@ from onetrain.data.stream_options import StreamOptions
 POLL_S = 0.2
 MESSAGES_S = 1.0
 START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 10.0
 _POOLS: dict[str, Any] = {}  # Ray ends an actor that nobody holds
 
 
@@ -71,6 +72,9 @@ def start_service(run: str, options: StreamOptions, timeout_s: float = START_TIM
 
 def end_service(run: str) -> None:
     """End pool and builders, and give all resources back; safe to call at any time."""
+    if (pool := find_actor(pool_name(run))) is not None:
+        with contextlib.suppress(RayError, GetTimeoutError):
+            ray.get(pool.stop.remote(), timeout=STOP_TIMEOUT_S)
     _POOLS.pop(run, None)
     end_actors([pool_name(run)])
     Groups(run, cpus_per_actor=1.0, threads=1, folder="").resize(0)
