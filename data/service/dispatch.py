@@ -85,8 +85,8 @@ class Dispatcher:
             if late >= self._service.give_up_s:
                 line = self._late_line(request, late, self._status(set(request.asked.values())))
                 raise DataError(
-                    f"{line}. stream.service.give_up_s is over; look at that shard's disk or store, at the actor's node, "
-                    "and for free resources."
+                    f"{line}. stream.service.give_up_s is over; look at that shard's disk or store, at the actor's "
+                    "node, and for free resources."
                 )
             if late >= (request.stalls + 1) * self._service.stall_warning_s:
                 self._stall(request, late)

@@ -186,7 +186,7 @@ class Pool:
             settled = len(built) == groups.size and all(built) and self._pending_since is None
             wanted = self._growth.decide(time.monotonic(), groups.size, settled)
             if wanted <= groups.size or time.monotonic() >= self._no_growth_before:
-                self._wanted = wanted
+                self._wanted, self._placed = wanted, self._placed and wanted == groups.size
 
     def _say(self, message: str) -> None:
         with self._lock:
