@@ -28,6 +28,7 @@ setup(
         "duckdb>=2",
         "pyarrow>=20",
         "numpy>=2",
+        "numba>=0.63",
         "scikit-learn>=1.6",
         "safetensors>=0.6",
         "fsspec",

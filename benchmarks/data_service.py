@@ -48,6 +48,7 @@ from onetrain.launcher.environment import environment, package_version
 
 SYSTEMS = {  # name: module of data_service_peers
     "onetrain, in process": "ours",
+    "onetrain, service": "service",
     "mosaicml-streaming": "mosaic",
     "litdata": "lit",
     "datasets, streaming": "huggingface",

@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onetrain.data.buckets import DAY_MS
 from onetrain.data.errors import DataError
 from onetrain.data.event_rows import EventRows
-from onetrain.data.features import AGE, DAY_MS, FeatureBuilder, FeatureNames, check_features
+from onetrain.data.features import AGE, FeatureBuilder, FeatureNames, check_features
 from onetrain.data.item_table import ItemTable
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import BatchOptions
-from onetrain.data.padding import Padding, whole_rows
+from onetrain.data.padding import Padding
 from onetrain.data.pathways import Pathway
 from onetrain.data.samples import SampleRows
 from onetrain.data.shards import Histories
@@ -93,7 +94,7 @@ class BatchBuilder:
         self, sids: SidMap, manifest: Manifest, items: ItemTable, options: BatchOptions, features: FeatureNames
     ) -> None:
         self.options = options
-        self.codes_I, self.levels = whole_rows(sids.codes_IL), sids.codes_IL.shape[1]
+        self.codes_IL, self.levels = sids.codes_IL, sids.codes_IL.shape[1]
         self.log_share_I = items.log_share_I
         self.names = check_features(features, manifest, items)
         if AGE in self.names.events and options.share_context == "user":
@@ -125,7 +126,7 @@ class BatchBuilder:
             sequences={name: self._sequence(pathway, rows, histories) for name, pathway in self.pathways.items()},
             user={name: torch.from_numpy(self.features.of_users(name, histories)) for name in names.user},
             target_item_BT=pad.ids(item),
-            target_sid_BTL=pad.rows(self.codes_I.take(item), self.levels),
+            target_sid_BTL=pad.entries(self.codes_IL, item),
             end_BT=pad.ids(end_E - targets.of_row(rows.start_B)),
             weight_BT=pad(self.behaviour_weight[targets.column("behaviour")]),
             new_day_BT=pad(day > day_before),
@@ -167,7 +168,7 @@ class BatchBuilder:
         events = pathway.events(rows, histories)
         pad = Padding(events.length_B, 1 + self.levels + len(self.names.events))
         return EventColumns(
-            sid_BNL=pad.rows(self.codes_I.take(events.column("item")), self.levels),
+            sid_BNL=pad.entries(self.codes_IL, events.column("item")),
             index_BN=_index(events, rows, pad),
             length_B=torch.from_numpy(events.length_B),
             features={name: pad.ids(self.features.of_events(name, events, moment_B)) for name in self.names.events},

@@ -11,6 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onetrain.data.buckets import (
+    GAP_BUCKETS,
+    HOUR_MS,
+    NUMBER_BUCKETS,
+    WATCHED_BUCKETS,
+    duration_buckets,
+    gap_buckets,
+    hours,
+    number_buckets,
+    watched_buckets,
+    weekdays,
+)
 from onetrain.data.errors import DataError
 from onetrain.data.event_rows import EventRows
 from onetrain.data.item_table import ItemTable
@@ -21,9 +33,6 @@ from onetrain.data.shards import Histories
 SID = "sid"  # in lists of features, but never among a batch's ids: the codes come by themselves
 USER = "user"
 AGE = "age"
-GAP_BUCKETS = 32  # of the time between two events
-NUMBER_BUCKETS = 64  # of any number
-WATCHED_BUCKETS = 12
 FIXED_SIZES = {  # number of ids of the features that are the same for all data
     "gap": GAP_BUCKETS,
     AGE: GAP_BUCKETS,
@@ -34,15 +43,6 @@ FIXED_SIZES = {  # number of ids of the features that are the same for all data
     "duration": NUMBER_BUCKETS,
     "watched": WATCHED_BUCKETS,
 }
-SECOND_MS, HOUR_MS, DAY_MS = 1000, 3_600_000, 86_400_000
-EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday
-_LAST_EDGE = 2.0 ** (NUMBER_BUCKETS // 4)  # beyond the beginning of the last number bucket
-_BIAS = 1023  # of the exponents of 64-bit floating-point numbers
-_GAP_OF_EXPONENT = np.repeat(np.arange(GAP_BUCKETS, dtype=np.uint8), [_BIAS + 1, *[1] * (GAP_BUCKETS - 1)])
-_DURATION_OF_EXPONENT = np.repeat(
-    np.array([0, *range(NUMBER_BUCKETS // 2, NUMBER_BUCKETS)], dtype=np.uint8), [_BIAS, *[1] * (NUMBER_BUCKETS // 2)]
-)
-
 Ids = NDArray[np.int64]
 
 
@@ -133,70 +133,7 @@ def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -
     return FeatureNames(**kept)
 
 
-def gap_buckets(milliseconds: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """floor(log2(1 + whole seconds)), at most 31; negative times count as 0."""
-    return _GAP_OF_EXPONENT.take(_exponents(_seconds_and_one(milliseconds)), mode="clip")
-
-
-def duration_buckets(milliseconds: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """`number_buckets` of the seconds; a negative time is unknown."""
-    size = _seconds_and_one(milliseconds)
-    size *= np.abs(size)  # a negative time stays below 1
-    return _DURATION_OF_EXPONENT.take(_exponents(size), mode="clip")
-
-
-def number_buckets(values: NDArray) -> NDArray[np.uint8]:
-    """64 buckets of any number: 0 = NaN; 32 = about zero; from there floor(2 log2(1 + |x|)) up or down, at most 31."""
-    size = 1.0 + np.minimum(np.abs(values), _LAST_EDGE, dtype=np.float64)
-    steps = np.minimum(np.frexp(size * size)[1] - 1, NUMBER_BUCKETS // 2 - 1)
-    return np.where(np.isnan(values), 0, NUMBER_BUCKETS // 2 + np.where(values < 0, -steps, steps)).astype(np.uint8)
-
-
-def watched_buckets(watch_ms: NDArray[np.int64], duration_ms: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Share of the duration that was watched: 0 = unknown, else 1 + whole tenths, at most 11."""
-    known = watch_ms >= 0
-    known &= duration_ms > 0
-    with np.errstate(all="ignore"):  # what is unknown may come to anything, and counts as 0 in the end
-        tenths = 10.0 * watch_ms
-        tenths /= duration_ms  # below an integer where the true quotient is, up to 2 ** 49 ms
-        np.minimum(tenths, WATCHED_BUCKETS - 2, out=tenths)
-        buckets = tenths.astype(np.uint8)
-    buckets += 1
-    buckets *= known
-    return buckets
-
-
-def hours(local_ms: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Hour of the day, 0 to 23."""
-    return _remainder(local_ms // HOUR_MS, 24)
-
-
-def weekdays(local_ms: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Day of the week, Monday 0."""
-    return _remainder(local_ms // DAY_MS + EPOCH_WEEKDAY, 7)
-
-
-def _seconds_and_one(milliseconds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """1 + seconds, exact where that is a power of two."""
-    size = milliseconds.astype(np.float64)
-    size += SECOND_MS
-    size *= 1 / SECOND_MS
-    return size
-
-
-def _exponents(size: NDArray[np.float64]) -> Ids:
-    """The 12 bits of sign and exponent: floor(log2(size)) + _BIAS of positive numbers, below 0 of negative ones."""
-    exponent = size.view(np.int64)
-    exponent >>= 52
-    return exponent
-
-
-def _remainder(values: Ids, divisor: int) -> NDArray[np.int32]:
-    """values % divisor, never negative; several times as fast as numpy's."""
-    small = values.astype(np.int32)
-    small -= small // divisor * divisor
-    return small
-
-
 def _extra(name: str, rows: EventRows) -> NDArray[np.uint8]:
-    return number_buckets(rows.column(extra_column(name)))
+    with np.errstate(invalid="ignore"):  # NaN has a bucket
+        ids: NDArray[np.uint8] = number_buckets(rows.column(extra_column(name)))
+    return ids

@@ -8,51 +8,50 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onetrain.data.ragged import pad, pad_counted, pad_entries
+
 Ids = NDArray[np.int64]
 
 
 class Padding:
     """Puts values (E, ...) into rows (B, N, ...) of these lengths, zeros behind; N is at least 1.
 
-    `planes`: how many (B, N) of int64 are going to be asked for. They lie in one block of memory: a large one that is
-    zero from the start costs the system a fraction of what many small ones do.
+    `planes`: how many (B, N) of int64 are going to be asked for. They lie in one block of memory: the system hands out
+    a large one at a fraction of what many small ones cost.
     """
 
     def __init__(self, length_B: Ids, planes: int) -> None:
-        self.real_BN = np.arange(max(1, int(length_B.max(initial=0)))) < length_B[:, None]
-        self._block_PBN = np.zeros((planes, *self.real_BN.shape), dtype=np.int64)
+        self.length_B = length_B
+        self._block_PBN = np.empty((planes, len(length_B), max(1, int(length_B.max(initial=0)))), dtype=np.int64)
         self._used = 0
 
     def __call__(self, values_E: NDArray) -> Tensor:
         """(B, N) of the values' own type; takes no plane."""
-        out_BN = np.zeros(self.real_BN.shape, dtype=values_E.dtype)
-        out_BN[self.real_BN] = values_E
+        out_BN = np.empty(self._block_PBN.shape[1:], dtype=values_E.dtype)
+        pad(values_E, self.length_B, out_BN)
         return torch.from_numpy(out_BN)
 
     def ids(self, values_E: NDArray) -> Tensor:
         """(B, N) int64 of integers of any type; takes a plane."""
         (out_BN,) = self._take(1)
-        out_BN[self.real_BN] = values_E
+        pad(values_E, self.length_B, out_BN)
         return torch.from_numpy(out_BN)
 
     def counted(self, first_B: Ids) -> Tensor:
         """(B, N) int64: first, first + 1 ... of each row; takes a plane."""
         (out_BN,) = self._take(1)
-        np.add(np.arange(out_BN.shape[1]), first_B[:, None], out=out_BN, where=self.real_BN)
+        pad_counted(first_B, self.length_B, out_BN)
         return torch.from_numpy(out_BN)
 
-    def rows(self, values_E: NDArray, width: int) -> Tensor:
-        """(B, N, width) int64 of `whole_rows`; takes `width` planes."""
-        out_BNL = self._take(width).reshape(*self.real_BN.shape, width)
-        whole_rows(out_BNL)[self.real_BN] = values_E
+    def entries(self, table_IL: Ids, index_E: NDArray) -> Tensor:
+        """(B, N, L) int64 entries of a table; takes L planes. Raises IndexError for one that it does not have."""
+        if len(index_E) and not 0 <= index_E.min() <= index_E.max() < len(table_IL):
+            raise IndexError(f"entries {index_E.min()} to {index_E.max()} are not all in [0, {len(table_IL)})")
+        levels = table_IL.shape[1]
+        out_BNL = self._take(levels).reshape(*self._block_PBN.shape[1:], levels)
+        pad_entries(table_IL, index_E, self.length_B, out_BNL)
         return torch.from_numpy(out_BNL)
 
     def _take(self, planes: int) -> Ids:
         self._used += planes
         return self._block_PBN[self._used - planes : self._used]
-
-
-def whole_rows(values: Ids) -> NDArray[np.void]:
-    """A view of (..., L) in which the last dimension is one value: it is looked up and copied several times as fast."""
-    contiguous = np.ascontiguousarray(values)
-    return contiguous.view(f"V{contiguous.itemsize * contiguous.shape[-1]}")[..., 0]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from onetrain.data.activity import doing
 from onetrain.data.errors import DamagedShardError, DataError
 from onetrain.data.fingerprint import file_checksum
 from onetrain.data.manifest import Manifest, StoredFile
+from onetrain.data.ragged import copy_ranges
 from onetrain.data.schema import event_types, extra_column, user_column
 from onetrain.data.store import Stamp, Store, open_store
 from onetrain.data.stream_options import StreamOptions
@@ -67,9 +69,12 @@ class Places:
         return shards
 
     @cached_property
-    def by_shard(self) -> dict[int, Ids]:
-        """Which of the users lie in each shard."""
-        return {shard: np.flatnonzero(self.batches["shard"] == shard) for shard in set(self.shard_B)}
+    def by_shard(self) -> tuple[Ids, list[tuple[int, slice]]]:
+        """The users sorted by shard, and of every shard which of the sorted they are."""
+        order_B = np.argsort(self.batches["shard"], kind="stable")
+        shards, begins = np.unique(self.batches["shard"][order_B], return_index=True)
+        bounds = pairwise([*begins.tolist(), len(order_B)])
+        return order_B, [(shard, slice(*bound)) for shard, bound in zip(shards.tolist(), bounds, strict=True)]
 
     def first(self, name: str) -> Ids:
         """(B,) number, within its shard, of each user's first value of a column."""
@@ -138,16 +143,18 @@ class ShardReader:
     def pieces(self, name: str, places: Places, start_B: Ids, stop_B: Ids) -> list[NDArray[Any]]:
         """Of each user the events [start, stop) of one column, as views."""
         first_B = places.first(name)
-        views = {shard: self._shard(shard).view(self.types[name]) for shard in places.by_shard}
+        views = {shard: self._shard(shard).view(self.types[name]) for shard in set(places.shard_B)}
         bounds = zip(places.shard_B, (first_B + start_B).tolist(), (first_B + stop_B).tolist(), strict=True)
         return [views[shard][begin:end] for shard, begin, end in bounds]
 
-    def picked(self, name: str, places: Places, event_B: Ids) -> NDArray[Any]:
-        """(B,) of each user one event of a column."""
-        at_B, values = places.first(name) + event_B, np.empty(len(event_B), self.types[name])
-        for shard, here in places.by_shard.items():
-            values[here] = self._shard(shard).view(self.types[name])[at_B[here]]
-        return values
+    def copy(self, name: str, places: Places, start_B: Ids, length_B: Ids, at_B: Ids, out: NDArray[Any]) -> None:
+        """Of each user `length` events of a column, from `start` on, to out[at : at + length]."""
+        order_B, shards = places.by_shard
+        begin, length, at = (values_B[order_B] for values_B in (places.first(name) + start_B, length_B, at_B))
+        for shard, rows in shards:
+            view = self._shard(shard).view(self.types[name])
+            if not copy_ranges(view, begin[rows], length[rows], at[rows], out):
+                raise IndexError(f"events from {start_B[order_B[rows]]} on, {length[rows]} each, are not all there")
 
     def user(self, row: int) -> UserSequence:
         """Events of the user in this row (0-based). Raises IndexError outside [0, n_users)."""
@@ -297,17 +304,12 @@ class Histories:
 
     def events(self, name: str, start_B: Ids, stop_B: Ids) -> NDArray[Any]:
         """(E,) values of a column: of each user the events [start, stop), one user after another."""
-        if len(self._parts) == 1:
-            (reader, _), (places,) = self._parts[0], self._places
-            if (stop_B - start_B == 1).all():
-                return reader.picked(name, places, start_B)
-            return np.concatenate(reader.pieces(name, places, start_B, stop_B))
-        pieces: list[NDArray[Any]] = [np.empty(0)] * len(start_B)
+        length_B = stop_B - start_B
+        at_B = np.cumsum(length_B) - length_B
+        out = np.empty(int(length_B.sum()), self._parts[0][0].types[name])
         for (reader, here), places in zip(self._parts, self._places, strict=True):
-            found = reader.pieces(name, places, start_B[here], stop_B[here])
-            for index, piece in zip(here.tolist(), found, strict=True):
-                pieces[index] = piece
-        return np.concatenate(pieces)
+            reader.copy(name, places, start_B[here], length_B[here], at_B[here], out)
+        return out
 
     def users(self, name: str) -> Ids:
         """(B,) values of a field of the user table: id, length, train_start, u_<attribute> ..."""

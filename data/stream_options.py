@@ -87,7 +87,8 @@ class StreamOptions:
         if sum(counts.values()) > MOST_PARTS:
             parts, length = ", ".join(str(source.parts) for source in self.mixture.values()), sum(counts.values())
             raise ValueError(
-                f"stream.mixture: parts {parts} make a cycle of {length:,} samples; the most is {MOST_PARTS:,}. Round them"
+                f"stream.mixture: parts {parts} make a cycle of {length:,} samples, and the most is {MOST_PARTS:,}. "
+                "Round them"
             )
         return counts
 

@@ -37,6 +37,7 @@ TESTED = {  # the same as constraints.txt
     "megatron-core": "0.16.1",
     "wandb": "0.31.0",
     "numpy": "2.4.6",
+    "numba": "0.68.1",
     "pyarrow": "26.0.1",
     "duckdb": "2.0.0",
     "scikit-learn": "1.9.1",

@@ -24,8 +24,9 @@ from random_shards import (
 )
 
 from onetrain.data.batch import BatchBuilder
+from onetrain.data.buckets import gap_buckets, number_buckets
 from onetrain.data.errors import DataError
-from onetrain.data.features import FeatureNames, gap_buckets, number_buckets
+from onetrain.data.features import FeatureNames
 from onetrain.data.options import BatchOptions, PathwayOptions
 from onetrain.data.pathways import Pathway
 from onetrain.data.samples import SampleIndex, SampleRows
