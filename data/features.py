@@ -84,7 +84,8 @@ class FeatureBuilder:
             return gap_buckets(rows.of_row(moment_B) - rows.column("timestamp_ms"))
         if name in self.items.features:
             return self.of_items(name, rows.column("item"))
-        return self._of_event[name](rows)
+        with np.errstate(all="ignore"):  # compiled loops compute what they do not take, as of NaN
+            return self._of_event[name](rows)
 
     def of_items(self, name: str, item: NDArray) -> NDArray[Any]:
         """Ids of an item feature, in the shape of `item`."""
@@ -134,6 +135,5 @@ def check_features(wanted: FeatureNames, manifest: Manifest, items: ItemTable) -
 
 
 def _extra(name: str, rows: EventRows) -> NDArray[np.uint8]:
-    with np.errstate(invalid="ignore"):  # NaN has a bucket
-        ids: NDArray[np.uint8] = number_buckets(rows.column(extra_column(name)))
+    ids: NDArray[np.uint8] = number_buckets(rows.column(extra_column(name)))
     return ids
