@@ -74,4 +74,5 @@ class Builder:
 
 def actor_class(threads: int) -> Any:
     """`Builder` as a Ray actor that builds so many steps at a time."""
-    return ray.remote(concurrency_groups={"build": threads, "status": 2})(Builder)
+    options: dict[str, Any] = {"concurrency_groups": {"build": threads, "status": 2}}
+    return ray.remote(**options)(Builder)

@@ -178,9 +178,9 @@ class Dispatcher:
 
     def _stall(self, request: Request, late: float) -> None:
         """Say who is late and where; what was asked of these builders is also asked of others."""
-        first, asked = request.stalls == 0, dict(request.asked)
-        request.stalls = int(late / self._service.stall_warning_s)
+        first, asked, begun = request.stalls == 0, dict(request.asked), time.monotonic()
         status = self._status(set(asked.values()))
+        request.stalls = int((late + time.monotonic() - begun) / self._service.stall_warning_s)
         self.look(0.0)  # asking took its time
         if request.done:
             return

@@ -25,7 +25,8 @@ class Parcel:
     @classmethod
     def pack(cls, value: Any) -> "Parcel":
         """Pack an object; CPU tensors in it, however deep, are not copied."""
-        content, buffers = BytesIO(), []
+        content = BytesIO()
+        buffers: list[pickle.PickleBuffer] = []
         _Packer(content, protocol=5, buffer_callback=buffers.append).dump(value)
         return cls(content.getvalue(), buffers)
 
