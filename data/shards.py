@@ -20,6 +20,7 @@ from onetrain.data.activity import doing
 from onetrain.data.errors import DamagedShardError, DataError
 from onetrain.data.fingerprint import file_checksum
 from onetrain.data.manifest import Manifest, StoredFile
+from onetrain.data.mapping import map_file
 from onetrain.data.ragged import copy_ranges
 from onetrain.data.schema import event_types, extra_column, user_column
 from onetrain.data.store import Stamp, Store, open_store
@@ -269,8 +270,8 @@ class ShardReader:
             path = self.store.path(stored)
             stamp = self.store.stamp(path)
             try:
-                found = np.asarray(np.memmap(path, np.uint8, mode="r"))
-            except (FileNotFoundError, ValueError):  # made room for another copy, or was emptied: `path` looks again
+                found = map_file(path)
+            except FileNotFoundError:  # made room for another copy: `path` looks again
                 continue
             if stamp is not None and len(found) == stored.bytes:
                 return _OpenShard(path, stamp, found)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
+from onetrain.data.mapping import map_file
 
 Description = dict[str, Any]
 DESCRIPTION = "description.json"  # written last: what it says of the files beside it is true
@@ -76,6 +77,4 @@ def append(path: Path, values: NDArray[Any]) -> None:
 
 def mapped(path: Path, dtype: Any) -> NDArray[Any]:
     """All records of a file, memory-mapped; a missing or empty file has none."""
-    if not path.exists() or path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    return map_file(path, dtype) if path.exists() else np.empty(0, dtype)

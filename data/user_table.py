@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
+from onetrain.data.mapping import map_file
 from onetrain.data.schema import event_types, user_column
 
 USERS, BATCHES = "users.bin", "batches.bin"
@@ -118,4 +119,4 @@ def _map(path: Path, dtype: np.dtype) -> NDArray[Any]:
     size = os.path.getsize(path)
     if size == 0 or size % dtype.itemsize:
         raise DataError(f"{path} has {size} bytes, no whole number of records. Run `onetrain prepare` again.")
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    return map_file(path, dtype)
