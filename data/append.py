@@ -140,6 +140,7 @@ def _append_into(
         catalogue_fingerprint=folder.catalogue_fingerprint,
         fingerprint=json_fingerprint([parent.fingerprint, own]),
         parent=parent.fingerprint,
+        append_history=options.append_history,
         report=dataclasses.asdict(report),
         **writer.totals(),
     )

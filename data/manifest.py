@@ -57,6 +57,7 @@ class Manifest:
     item_features: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attribute: names of ids 1, 2, ...
     user_features: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parent: str | None = None
+    append_history: int | None = None  # of a version: data.append_history that its rows were cut to
     format: int = FORMAT
 
     @property

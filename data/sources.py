@@ -20,7 +20,7 @@ from onetrain.data.samples import SampleIndex, SampleRows
 from onetrain.data.shards import ShardReader
 from onetrain.data.store import open_store
 from onetrain.data.stream_options import StreamOptions
-from onetrain.data.versions import newest_version, open_version
+from onetrain.data.versions import check_history, newest_version, open_version
 
 Ids = NDArray[np.int64]
 COMMON = (
@@ -166,6 +166,7 @@ class Sources:
     def _open(self, folder: str, version: int) -> SampleIndex:
         store = open_store(folder, self._stream)
         manifest = open_version(store, version)
+        check_history(store.name, manifest, self._batch)
         return SampleIndex(
             ShardReader(store.of_version(version), manifest),
             "train",

@@ -1,15 +1,19 @@
 """Versions of a prepared folder: what `onetrain append` adds to it, each on top of the one before."""
 
+import logging
+from functools import cache
 from typing import TYPE_CHECKING
 
 from onetrain.data.errors import DataError
 from onetrain.data.manifest import FILE_NAME, Manifest
+from onetrain.data.options import BatchOptions
 from onetrain.data.remote import file_exists
 
 if TYPE_CHECKING:
     from onetrain.data.store import Store
 
 FOLDER = "versions"
+_log = logging.getLogger(__name__)
 
 
 def version_folder(version: int) -> str:
@@ -47,3 +51,25 @@ def open_version(store: "Store", version: int) -> Manifest:
             f"{before.catalogue_fingerprint}. Append these events again."
         )
     return manifest
+
+
+def check_history(folder: str, manifest: Manifest, batch: BatchOptions) -> None:
+    """Warn of a version whose rows were cut to fewer earlier events than a pathway reaches back."""
+    reach = {name: length + batch.pathways[name].skip for name, length in batch.pathway_lengths.items()}
+    longest = max(reach, key=reach.__getitem__)
+    if manifest.append_history is not None and manifest.append_history < reach[longest]:
+        _warn_of_cut(folder, manifest.append_history, longest, reach[longest])
+
+
+@cache  # once, however many versions there are
+def _warn_of_cut(folder: str, kept: int, pathway: str, reach: int) -> None:
+    _log.warning(
+        "%s has versions that were appended with data.append_history %d, and the pathway %s reaches %d events back "
+        "(its length and skip): histories in these versions are cut. Set data.append_history to at least %d for later "
+        "appends; for the versions that are there, prepare the whole log anew or shorten the pathway.",
+        folder,
+        kept,
+        pathway,
+        reach,
+        reach,
+    )

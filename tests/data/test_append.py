@@ -94,6 +94,7 @@ def test_every_new_event_trains_in_one_version_behind_what_was_known(tmp_path, h
         made = append(replace(opts, source=replace(opts.source, events=log_of(tmp_path, days[number], str(number)))))
         assert made.version == number
         assert made.manifest.parent == parents[-1]
+        assert made.manifest.append_history == history
         parents.append(made.manifest.fingerprint)
         assert made.report.new_users == len(set(days[number]) - set().union(*days[:number])) > 0
         if number == 2:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from onetrain.data.cursor import Cursor
 from onetrain.data.errors import DataError
 from onetrain.data.features import FeatureNames
 from onetrain.data.manifest import Manifest
-from onetrain.data.options import BatchOptions
+from onetrain.data.options import BatchOptions, PathwayOptions
 from onetrain.data.remote import RemoteFolder
 from onetrain.data.steps import StepBuilder, StreamSpec
 from onetrain.data.store import open_store
@@ -140,3 +141,19 @@ def test_in_the_order_of_time_a_version_follows_the_one_before(prepared, tmp_pat
             here.readers[version].user(int(r)).timestamp_ms[f] for r, f in zip(here.row_B, here.first_B, strict=True)
         ]
         assert times == sorted(times)
+
+
+@pytest.mark.parametrize(("kept", "cut"), [(None, False), (9, False), (8, True)])
+def test_histories_that_an_append_cut_below_a_pathway_are_warned_of_once(prepared, tmp_path, caplog, kept, cut):
+    for number in (1, 2):
+        add_version(prepared, number)
+        change(prepared / version_folder(number), append_history=kept)
+    pathways = {"near": PathwayOptions(length=3), "far": PathwayOptions(length=4, skip=5)}
+    spec = replace(spec_of(prepared, tmp_path), batch=BatchOptions(max_context=6, pathways=pathways))
+    for _ in range(2):
+        StepBuilder(spec)
+    found = [record.getMessage() for record in caplog.records if "append_history" in record.getMessage()]
+    assert len(found) == cut
+    if cut:
+        assert f"{prepared} has versions" in found[0]
+        assert "append_history 8, and the pathway far reaches 9 events back" in found[0]
