@@ -1,7 +1,7 @@
 """The stream of one rank whose steps the data service builds."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from onetrain.data.cursor import Cursor
 from onetrain.data.service.dispatch import Dispatcher, Request
@@ -21,7 +21,7 @@ class ServiceStream:
         self.builder, self.rank = builder, rank
         self._dispatcher = Dispatcher(run, builder.spec, rank, warn)
 
-    def steps(self, count: int, cursor: Cursor) -> Iterator[Step]:
+    def steps(self, count: int, cursor: Cursor) -> Generator[Step, None, None]:
         """See Stream. DataError when no builder delivers within stream.service.give_up_s."""
         left, size = self.builder.steps_left(cursor), self.builder.spec.global_batch_size
         count = count if left is None else min(count, left)

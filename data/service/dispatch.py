@@ -63,7 +63,6 @@ class Dispatcher:
         self._report: Any = None
         self._reported_at = self._learned_at = time.monotonic()
         self._waited = 0.0  # since the last report
-        self._messages: list[str] = []
         self._turn = rank
 
     def ask(self, cursor: Cursor) -> Request:
@@ -196,7 +195,7 @@ class Dispatcher:
             line += f"; asking {', '.join(sorted(set(others)))}" if others else "; no other builder answers"
             self._warn(line)
             if self._rank:  # only data rank 0's output is shown
-                self._messages.append(line)
+                self._pool.report.remote(Report(self._rank, 0.0, 0.0, (line,)))
 
     def _late_line(self, request: Request, late: float, status: dict[str, BuilderStatus]) -> str:
         """Who is late, and what each builder is at: by its own word, or by the last that the pool heard of it."""
@@ -225,9 +224,8 @@ class Dispatcher:
         now = time.monotonic()
         if self._report is not None or now - self._reported_at < (REPORT_S if self._members else LOOK_S):
             return
-        report = Report(self._rank, now - self._reported_at, self._waited, tuple(self._messages))
+        report = Report(self._rank, now - self._reported_at, self._waited)
         self._report, self._reported_at, self._waited = self._pool.report.remote(report), now, 0.0
-        self._messages = []
 
     def _learn(self, ref: Any) -> None:
         """The pool's answer: the builders there are."""

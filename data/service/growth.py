@@ -23,7 +23,9 @@ class Growth:
     _seconds: dict[int, float] = field(default_factory=dict)
 
     def add(self, rank: int, seconds: float, waited_s: float) -> None:
-        """A data rank's report, of more than no time."""
+        """A data rank's report."""
+        if seconds <= 0:
+            return
         self._seconds[rank] = self._seconds.get(rank, 0.0) + seconds
         self._waited[rank] = self._waited.get(rank, 0.0) + waited_s
 
