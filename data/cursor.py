@@ -11,6 +11,7 @@ class Update:
     position: int
     source: str
     version: int
+    contents: str = ""  # fingerprint of these versions' samples: every process that reads them must find the same
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Cursor:
         """The newest version of every source."""
         return {update.source: update.version for update in self.updates}
 
-    def updated(self, versions: dict[str, int]) -> "Cursor":
+    def updated(self, versions: dict[str, int], contents: dict[str, str] | None = None) -> "Cursor":
         """With the sources that have other versions now growing (or beginning) here."""
-        known = self.versions()
-        new = [Update(self.position, name, version) for name, version in versions.items() if known.get(name) != version]
+        known, of = self.versions(), contents or {}
+        new = [Update(self.position, n, v, of.get(n, "")) for n, v in versions.items() if known.get(n) != v]
         return replace(self, updates=(*self.updates, *new))
 
     def as_json(self) -> dict[str, Any]:

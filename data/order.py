@@ -52,16 +52,20 @@ class _Merge:
     consumed: int
     new: _Shuffle
 
-    @property
+    @cached_property
     def length(self) -> int:
         return self.old.length - self.consumed + self.new.length
 
     def __getitem__(self, index_B: Ids) -> Ids:
-        before_B = _share(index_B, self.new.length, self.length)  # of the new ones
-        is_new_B = _share(index_B + 1, self.new.length, self.length) > before_B
-        ids = np.empty_like(index_B)
-        ids[is_new_B] = self.new[before_B[is_new_B]]
-        ids[~is_new_B] = self.old[self.consumed + (index_B - before_B)[~is_new_B]]
+        ids, place_B = np.empty_like(index_B), np.arange(len(index_B))
+        stock: _Merge | _Shuffle = self
+        while isinstance(stock, _Merge):  # a source may grow many times within an epoch
+            before_B = _share(index_B, stock.new.length, stock.length)  # of the new ones
+            is_new_B = _share(index_B + 1, stock.new.length, stock.length) > before_B
+            ids[place_B[is_new_B]] = stock.new[before_B[is_new_B]]
+            index_B, place_B = stock.consumed + (index_B - before_B)[~is_new_B], place_B[~is_new_B]
+            stock = stock.old
+        ids[place_B] = stock[index_B]
         return ids
 
 

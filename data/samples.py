@@ -8,6 +8,7 @@ Legend: B samples.
 
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,11 @@ class SampleRows:
         return Histories(self.readers, self.reader_B, self.row_B)
 
     def readable(self) -> NDArray[np.bool_]:
-        """(B,) whether nothing was found to be wrong with the sample's shard so far."""
+        """(B,) whether the record batch that holds each sample's user is what was written."""
         mask = np.ones(len(self), dtype=bool)
-        for number, reader in enumerate(self.readers):
-            if reader.damaged:
-                here = np.flatnonzero(self.reader_B == number)
-                mask[here] = ~np.isin(reader.shards(self.row_B[here]), list(reader.damaged))
+        for number in np.unique(self.reader_B).tolist():
+            here = np.flatnonzero(self.reader_B == number)
+            mask[here] = self.readers[number].readable(self.row_B[here])
         return mask
 
     def reach(self, options: BatchOptions) -> Ids:
@@ -146,6 +146,12 @@ class SampleIndex:
         self._ends = mapped(folder / "ends.bin", np.int64)
         self._samples = mapped(folder / "samples.bin", SAMPLE)
         self.by_time: Ids = mapped(folder / "by_time.bin", np.int64)  # empty unless asked for
+        expected = (reader.n_users, description["samples"], *[description["samples"]] * (by_time + (not self._plain)))
+        found = (len(self._ends), len(self), *[len(self.by_time)] * by_time, *[len(self._samples)] * (not self._plain))
+        if found != expected:
+            raise DataError(
+                f"The index {folder} holds {found} users and samples instead of {expected}. Remove it: it is made again."
+            )
 
     @property
     def skipped_shards(self) -> tuple[str, ...]:
@@ -177,14 +183,12 @@ class SampleIndex:
         return SampleRows((self.reader,), np.zeros_like(row_B), row_B, start_B, first_B, stop_B, end_B)
 
     def any_readable(self) -> SampleRows | None:
-        """A sample whose shard was not found to be damaged so far; None when there is none."""
-        batches = self.reader.table.batches
-        ends = np.append(batches["first_row"][1:], self.reader.n_users)
-        sound = ~np.isin(batches["shard"], list(self.reader.damaged))
-        for first, end in zip(batches["first_row"][sound].tolist(), ends[sound].tolist(), strict=True):
+        """The first sample that can be read; None when there is none."""
+        firsts = self.reader.table.batches["first_row"]
+        for first, end in pairwise([*firsts.tolist(), self.reader.n_users]):
             begun = int(self._ends[first - 1]) if first else 0
-            if self._ends[end - 1] > begun:
-                return self.rows([begun])
+            if self._ends[end - 1] > begun and (rows := self.rows([begun])).readable().all():
+                return rows
         return None
 
     def __getitem__(self, sample_id: int) -> Sample:

@@ -3,6 +3,7 @@
 Legend: B rows, E events of a batch one after another.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from onetrain.data.stream_options import StreamOptions
 from onetrain.data.user_table import USER_TEXT, UserTable
 
 Ids = NDArray[np.int64]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class ShardReader:
         if len(self.table.users) != manifest.users:
             raise DataError(f"{paths[0]} holds {len(self.table.users)} users, the manifest says {manifest.users}.")
         self.damaged: set[int] = set()  # shards found to be missing, truncated or changed
+        self._bad: set[int] = set()  # record batches of them that `readable` found
         self._verified = np.zeros(len(self.table.batches), dtype=bool)
         self._open: dict[int, _OpenShard] = {}
 
@@ -129,6 +132,24 @@ class ShardReader:
         for batch in set(batch_B[~self._verified[batch_B]].tolist()):
             self._verify(batch)
         return Places(self.table.users[row_B], batches)
+
+    def readable(self, row_B: Ids) -> NDArray[np.bool_]:
+        """(B,) whether the record batch of each row is what was written; reads those that were not read before.
+
+        A shard that is damaged or missing is warned of once. What was found to be bad stays so for this reader.
+        """
+        batch_B = self._batch(row_B)
+        for shard in set(self.table.batches["shard"][batch_B].tolist()):
+            self._look_again(shard)
+        for batch in set(batch_B[~self._verified[batch_B]].tolist()) - self._bad:
+            known = set(self.damaged)
+            try:
+                self._verify(batch)
+            except DamagedShardError as error:
+                self._bad.add(batch)
+                if self.damaged - known:
+                    _log.warning("Samples of a damaged shard are left out (stream.damaged: skip). %s", error)
+        return ~np.isin(batch_B, list(self._bad))
 
     def check(self, shard: int) -> None:
         """Read all of a shard. Raises DamagedShardError when it is missing or not what was written."""

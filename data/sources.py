@@ -3,16 +3,18 @@
 Legend: B samples.
 """
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onetrain.data.cursor import Update
+from onetrain.data.cursor import Cursor, Update
 from onetrain.data.errors import DataError
+from onetrain.data.fingerprint import json_fingerprint
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import BatchOptions
 from onetrain.data.order import Cycle, GlobalOrder, ShuffledOrder, SourceOrder, TimeOrder, source_updates
@@ -23,6 +25,7 @@ from onetrain.data.stream_options import StreamOptions
 from onetrain.data.versions import check_history, newest_version, open_version
 
 Ids = NDArray[np.int64]
+VISIBLE_WITHIN_S = 20.0
 COMMON = (
     "catalogue_fingerprint",
     "sid_fingerprint",
@@ -62,14 +65,16 @@ class Sources:
     def __init__(self, prepared: str, stream: StreamOptions, batch: BatchOptions, seed: int) -> None:
         self._stream, self._batch, self._seed = stream, batch, seed
         self._cache = None if stream.cache is None else Path(stream.cache)
+        self._growing = threading.Lock()
         counts = stream.cycle()
         self.cycle = Cycle(tuple(counts.values()))
         folders = (
             {name: stream.mixture[name].prepared or prepared for name in counts} if stream.mixture else {"": prepared}
         )
         self.sources = [Source(name, folder, [self._open(folder, 0)]) for name, folder in folders.items()]
-        for source in self.sources[1:]:
-            _check_alike(self.sources[0], source)
+        main = Manifest.load(prepared)  # whose items and SIDs batches get
+        for source in self.sources:
+            _check_alike(prepared, main, source)
         for source in self.sources:
             if not len(source.indices[0]):
                 raise DataError(
@@ -110,15 +115,40 @@ class Sources:
         return found
 
     def extend(self, versions: dict[str, int]) -> None:
-        """Open every version up to these. DataError for one that does not follow from the version before."""
-        for source in self.sources:
-            for version in range(len(source.indices), versions.get(source.name, 0) + 1):
-                source.indices.append(self._open(source.folder, version))
-                self.__dict__.pop("_parts", None)
+        """Open every version up to these, in this thread or the one that was first.
+
+        Raises DataError for one that does not follow from the version before.
+        """
+        with self._growing:
+            for source in self.sources:
+                for version in range(len(source.indices), versions.get(source.name, 0) + 1):
+                    _wait_for(source, version)
+                    index = self._open(source.folder, version)
+                    _check_follows(source, version, index)
+                    source.indices.append(index)
+            self._parts = _Parts.of(self.sources)
+
+    def grown(self, cursor: Cursor, versions: dict[str, int]) -> Cursor:
+        """The cursor, from which on the sources hold these versions, with fingerprints of all that they hold."""
+        return cursor.updated(versions, {name: self._contents(name, v) for name, v in versions.items()})
+
+    def _contents(self, name: str, version: int) -> str:
+        return json_fingerprint(self.contents({name: version})[name])
+
+    def _check(self, updates: Sequence[Update]) -> None:
+        """Raises DataError where this process does not find what the cursor was made with."""
+        for update in updates:
+            if update.contents and (found := self._contents(update.source, update.version)) != update.contents:
+                raise DataError(
+                    f"{update.source or 'data.prepared'} up to version {update.version} has the contents {found} here, "
+                    f"and {update.contents} where this run took it up: it was prepared again, a copy of it is older, "
+                    "or other shards are damaged (stream.damaged: skip). Restore it, or start another run."
+                )
 
     def order(self, updates: Sequence[Update]) -> GlobalOrder:
         """The order that a cursor's updates describe."""
         self.extend({update.source: update.version for update in updates})
+        self._check(updates)
         orders: list[SourceOrder] = []
         for number, source in enumerate(self.sources):
             own = source_updates(updates, source.name, self.cycle, number)
@@ -131,10 +161,10 @@ class Sources:
 
     def rows(self, source_B: Ids, id_B: Ids) -> SampleRows:
         """Samples by source and number."""
-        readers, reader_B = self._parts.readers, np.empty_like(source_B)
+        parts, reader_B = self._parts, np.empty_like(source_B)
         columns = [np.empty_like(id_B) for _ in range(5)]
         for source in np.unique(source_B).tolist():
-            begun, first = self._parts.begun[source], self._parts.first[source]
+            begun, first = parts.begun[source], parts.first[source]
             version_B = np.searchsorted(begun, id_B, side="right") - 1
             for version in np.unique(version_B[source_B == source]).tolist():
                 here = np.flatnonzero((source_B == source) & (version_B == version))
@@ -143,7 +173,7 @@ class Sources:
                 own = (found.row_B, found.start_B, found.first_B, found.stop_B, found.end_B)
                 for column, values in zip(columns, own, strict=True):
                     column[here] = values
-        return SampleRows(readers, reader_B, *columns)
+        return SampleRows(parts.readers, reader_B, *columns)
 
     def any_readable(self) -> SampleRows:
         """One sample of a shard that nothing is known to be wrong with. DataError when there is none."""
@@ -156,12 +186,6 @@ class Sources:
             f"Every shard with samples in {', '.join(source.folder for source in self.sources)} is damaged or missing. "
             "Copy the folder again or run `onetrain prepare` again."
         )
-
-    @cached_property
-    def _parts(self) -> "_Parts":
-        readers = [index.reader for source in self.sources for index in source.indices]
-        firsts = np.cumsum([0, *(len(source.indices) for source in self.sources)]).tolist()
-        return _Parts(tuple(readers), firsts, [np.array([0, *source.sizes[:-1]]) for source in self.sources])
 
     def _open(self, folder: str, version: int) -> SampleIndex:
         store = open_store(folder, self._stream)
@@ -185,13 +209,37 @@ class _Parts:
     first: list[int]  # of each source: number of its version 0 among the readers
     begun: list[Ids]  # of each source: samples before each version
 
+    @classmethod
+    def of(cls, sources: Sequence[Source]) -> "_Parts":
+        """Those of these sources."""
+        readers = [index.reader for source in sources for index in source.indices]
+        firsts = np.cumsum([0, *(len(source.indices) for source in sources)]).tolist()
+        return cls(tuple(readers), firsts, [np.array([0, *source.sizes[:-1]]) for source in sources])
 
-def _check_alike(one: Source, other: Source) -> None:
-    a, b = (source.indices[0].reader.manifest for source in (one, other))
+
+def _check_alike(prepared: str, main: Manifest, source: Source) -> None:
+    found = source.indices[0].reader.manifest
     for name in COMMON:
-        if getattr(a, name) != getattr(b, name):
+        if getattr(main, name) != getattr(found, name):
             raise DataError(
-                f"stream.mixture: {one.folder} and {other.folder} differ in {name} ({getattr(a, name)} and "
-                f"{getattr(b, name)}). Sources of one mixture share items, semantic ids and vocabularies: prepare them "
-                "with one item file and the same names."
+                f"stream.mixture: {prepared} and {source.folder} differ in {name} ({getattr(main, name)} and "
+                f"{getattr(found, name)}). Sources of one mixture share items, semantic ids and vocabularies with "
+                "data.prepared: prepare them with one item file and the same names."
             )
+
+
+def _wait_for(source: Source, version: int) -> None:
+    """Another machine may see a new version some seconds earlier, where a folder is shared."""
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while newest_version(source.folder, version - 1) < version and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _check_follows(source: Source, version: int, index: SampleIndex) -> None:
+    """The folder may have been prepared again since its older versions were opened."""
+    before, manifest = source.indices[version - 1].reader.manifest, index.reader.manifest
+    if (manifest.parent, manifest.catalogue_fingerprint) != (before.fingerprint, before.catalogue_fingerprint):
+        raise DataError(
+            f"version {version} of {source.folder} does not follow from the version {version - 1} that this run "
+            f"reads (fingerprint {before.fingerprint}): the folder was prepared again meanwhile. Start another run."
+        )

@@ -3,7 +3,6 @@
 Legend: G samples of the global batch, B of a micro batch.
 """
 
-import logging
 import time
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from onetrain.data.batch import Batch, BatchBuilder
 from onetrain.data.cursor import Cursor
-from onetrain.data.errors import DamagedShardError
+from onetrain.data.errors import DamagedShardError, DataError
 from onetrain.data.features import FeatureNames
 from onetrain.data.item_table import ItemTable
 from onetrain.data.options import BatchOptions
@@ -24,8 +23,6 @@ from onetrain.data.sharing import share_out
 from onetrain.data.sids import SidMap
 from onetrain.data.sources import Sources
 from onetrain.data.stream_options import StreamOptions
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class StreamSpec:
     micro_batches: int  # of each data rank and step
     ranks: int  # data ranks
     cost: Cost = Cost()
+    sid_fingerprint: str | None = None  # of the SID map that this run was started with; None = whatever is there
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,16 @@ class StepBuilder:
         self.spec = spec
         self.sources = Sources(spec.prepared, spec.stream, spec.batch, spec.seed)
         sids = SidMap.load(f"{spec.prepared}/sids", spec.stream)
+        sids.check_against(self.sources.manifest)
+        if spec.sid_fingerprint not in (None, sids.fingerprint):
+            raise DataError(
+                f"{spec.prepared}/sids is the SID map {sids.fingerprint} now, and this run was started with "
+                f"{spec.sid_fingerprint}: codes would mean other items. Restore that map, or start another run."
+            )
         self.builder = BatchBuilder(
             sids, self.sources.manifest, ItemTable.load(spec.prepared, spec.stream), spec.batch, spec.features
         )
         self._order = lru_cache(maxsize=4)(self.sources.order)
-        self._warned: set[str] = set()
 
     def order(self, cursor: Cursor) -> GlobalOrder:
         """The order that the cursor belongs to."""
@@ -136,21 +139,16 @@ class StepBuilder:
     def _build(self, rows: SampleRows, places: NDArray[np.int64]) -> tuple[Batch, int]:
         """A micro batch of the samples at these places, and how many of them it holds."""
         while True:
-            readable = places[rows[places].readable()]
+            kept = places if self.spec.stream.damaged == "error" else places[rows[places].readable()]
             try:
-                if len(readable):
-                    return self.builder.build(rows[readable]), len(readable)
-                return self._placeholder(rows), 0
-            except DamagedShardError as error:
+                return (self.builder.build(rows[kept]) if len(kept) else self._placeholder(rows)), len(kept)
+            except DamagedShardError:  # vanished just now
                 if self.spec.stream.damaged == "error":
                     raise
-                if str(error) not in self._warned:
-                    self._warned.add(str(error))
-                    _log.warning("Samples of a damaged shard are left out (stream.damaged: skip). %s", error)
 
     def _placeholder(self, rows: SampleRows) -> Batch:
         """A micro batch that counts for nothing: every rank computes as many."""
-        readable = rows[rows.readable()]
+        readable = rows if self.spec.stream.damaged == "error" else rows[rows.readable()]
         spare = readable[np.argsort(readable.reach(self.spec.batch), kind="stable")[:1]]  # the shortest
         batch = self.builder.build(spare if len(spare) else self.sources.any_readable())
         return replace(batch, weight_BT=torch.zeros_like(batch.weight_BT))

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +26,7 @@ class Step:
 class Stream(Protocol):
     """Where the training loop takes its steps from."""
 
-    def steps(self, count: int, cursor: Cursor) -> Iterator[Step]:
+    def steps(self, count: int, cursor: Cursor) -> Generator[Step, None, None]:
         """The next `count` steps from the cursor on, or fewer where the order ends; raises what building raised."""
 
     def close(self) -> None:
@@ -39,7 +39,7 @@ class LocalStream:
     def __init__(self, builder: StepBuilder, rank: int) -> None:
         self.builder, self.rank = builder, rank
 
-    def steps(self, count: int, cursor: Cursor) -> Iterator[Step]:
+    def steps(self, count: int, cursor: Cursor) -> Generator[Step, None, None]:
         """See Stream."""
         left, size, options = (
             self.builder.steps_left(cursor),
@@ -47,26 +47,26 @@ class LocalStream:
             self.builder.spec.stream,
         )
         count = count if left is None else min(count, left)
-        starts = [cursor.at(cursor.position + number * size) for number in range(count)]
-        waiting = iter(starts)
+        waiting = (cursor.at(cursor.position + number * size) for number in range(count))
         with ThreadPoolExecutor(options.builder_threads, "onetrain-stream") as threads:
-            ahead: deque[Future[BuiltStep]] = deque()
+            ahead: deque[tuple[Cursor, Future[BuiltStep]]] = deque()
 
             def fill() -> None:
                 while len(ahead) <= options.prefetch_steps and (start := next(waiting, None)) is not None:
-                    ahead.append(threads.submit(self.builder.build, start, self.rank))
+                    ahead.append((start, threads.submit(self.builder.build, start, self.rank)))
 
             try:
-                for start in starts:
-                    fill()
+                fill()
+                while ahead:
+                    start, future = ahead.popleft()
                     begun = time.perf_counter()
-                    built = ahead.popleft().result()
+                    built = future.result()
                     waited = time.perf_counter() - begun
                     fill()
-                    ready = sum(future.done() for future in ahead)
+                    ready = sum(future.done() for _, future in ahead)
                     yield Step(built.micro_batches, self.builder.after(start), waited, ready, built.stats)
             finally:
-                for future in ahead:
+                for _, future in ahead:
                     future.cancel()
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ class StreamOptions:
 
         Raises ValueError for parts whose common cycle is longer than MOST_PARTS.
         """
-        exact = {name: Fraction(str(source.parts)) for name, source in self.mixture.items()}
+        exact = {name: Fraction(str(self.mixture[name].parts)) for name in sorted(self.mixture)}  # in any order
         if not exact:
             return {"": 1}
         unit = min(exact.values())

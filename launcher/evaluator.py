@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +48,13 @@ class Evaluator:
 
     def __init__(self, data: PreparedData, config: RunConfig, split: Split) -> None:
         self.data, self.config = data, config
-        self.index = SampleIndex(data.reader, split, dataclasses.replace(config.batch, share_context="request"))
+        self.index = SampleIndex(
+            data.reader,
+            split,
+            dataclasses.replace(config.batch, share_context="request"),
+            skip_damaged=config.stream.damaged == "skip",
+            cache=None if config.stream.cache is None else Path(config.stream.cache),
+        )
         if len(self.index) == 0:
             raise DataError(
                 f"The {self.index.split} split has no request to evaluate; look at data.split, batch.min_context and "

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from onetrain.data.cursor import Cursor
 from onetrain.data.options import PathwayOptions
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
@@ -30,6 +31,16 @@ SECTIONS: dict[str, MTPOptions | ContrastiveOptions | MoEOptions] = {
     "moe": MoEOptions(),
 }
 Json = dict[str, Any]
+
+
+def read_cursor(saved: Any, checkpoint: Path) -> Cursor:
+    """The cursor that a checkpoint holds. Raises ConfigError for one of an older version, a mere number."""
+    if not isinstance(saved, dict):
+        raise ConfigError(
+            f"Checkpoint {checkpoint} was written by an older version, whose cursor cannot go on. Start another run "
+            "(name) from its weights with train.warm_start."
+        )
+    return Cursor.from_json(saved)
 
 
 def check_order(saved: Json, now: Json, checkpoint: Path) -> None:

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from onetrain.data.cursor import Cursor
 from onetrain.data.sample_table import ORDER_KEYS
 from onetrain.data.sources import Sources
@@ -19,7 +17,7 @@ from onetrain.launcher.options import RunConfig
 from onetrain.model.flops import forward_flops
 from onetrain.model.options import Vocabulary
 from onetrain.parallel.mesh import Mesh
-from onetrain.parallel.process_group import Ranks, broadcast_object
+from onetrain.parallel.process_group import Ranks, all_reduce_max
 
 
 def stream_spec(config: RunConfig, data: PreparedData, mesh: Mesh) -> StreamSpec:
@@ -34,6 +32,7 @@ def stream_spec(config: RunConfig, data: PreparedData, mesh: Mesh) -> StreamSpec
         micro_batches=mesh.accumulation_steps,
         ranks=mesh.data_parallel,
         cost=sample_cost(config, data.vocabulary(config)),
+        sid_fingerprint=data.sids.fingerprint,
     )
 
 
@@ -65,16 +64,18 @@ def sample_cost(config: RunConfig, vocabulary: Vocabulary) -> Cost:
         work = flops.work(targets=1, target_positions=0, rows=1, events=events)
         return flops.training(targets=1, target_positions=work.positions, rows=1, events=events)
 
-    lengths = sorted({0, max(longest // 2, 1), max(longest, 2)})
-    square, linear, fixed = np.polynomial.Polynomial.fit(lengths, [cost(n) for n in lengths], 2).convert().coef[::-1]
-    return Cost(max(float(fixed), 1.0), max(float(linear), 0.0), max(float(square), 0.0))
+    half, whole = max(longest // 2, 1), max(longest, 2)
+    fixed = cost(0)
+    slopes = (cost(half) - fixed) / half, (cost(whole) - fixed) / whole
+    square = max((slopes[1] - slopes[0]) / (whole - half), 0.0)
+    return Cost(max(fixed, 1.0), max(slopes[1] - square * whole, 0.0), square)
 
 
 def newest_versions(sources: Sources, ranks: Ranks) -> dict[str, int]:
-    """The newest version of every source, as rank 0 sees them; a collective of all ranks."""
-    newest: dict[str, int] = broadcast_object(sources.newest() if ranks.is_main else None, ranks)
-    sources.extend(newest)
-    return newest
+    """The newest version of every source that all ranks see; a collective of all ranks."""
+    seen = sources.newest()
+    fewest = [-int(all_reduce_max(-float(version), ranks)) for version in seen.values()]
+    return dict(zip(seen, fewest, strict=True))
 
 
 def sample_order(config: RunConfig, sources: Sources, cursor: Cursor) -> dict[str, Any]:

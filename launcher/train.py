@@ -2,6 +2,7 @@
 where it runs; `onetrain debug`, the Ray worker group and torchrun all call it.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_n
 from onetrain.launcher.lifelong import check_kernels, stack_lines
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
-from onetrain.launcher.resume import check_model, check_order
+from onetrain.launcher.resume import check_model, check_order, read_cursor
 from onetrain.launcher.stream import grown, newest_versions, open_stream, sample_order, stream_spec
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.decoder import SidDecoder
@@ -40,7 +41,7 @@ from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.optimizer_state import canonical_shapes
-from onetrain.parallel.process_group import Ranks, all_reduce_max
+from onetrain.parallel.process_group import Ranks, all_reduce_max, broadcast_object
 
 
 def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = False) -> dict[str, float]:
@@ -73,7 +74,8 @@ class _Run:
         conversion.prepare(model, config.conversion)
         self.engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
         self.data_rank = self.engine.mesh.data_rank(ranks.rank)
-        self.steps = StepBuilder(stream_spec(config, self.data, self.engine.mesh))
+        spec = stream_spec(config, self.data, self.engine.mesh)
+        self.steps = StepBuilder(broadcast_object(spec if ranks.is_main else None, ranks))  # equal to the last bit
         self.cursor = Cursor()
         self._restore()
         self._look_for_growth()
@@ -126,19 +128,24 @@ class _Run:
             while self.engine.step < self.last_step:
                 yield replace(only, waited_s=0.0)  # built once
             return
-        watch = self.config.stream.watch_every or self.wanted_step
+        watch = self.config.stream.watch_every
         while (count := self.last_step - self.engine.step) > 0:
-            yield from self.stream.steps(min(count, watch - self.engine.step % watch), self.cursor)
-            if self.config.stream.watch_every:
-                self._look_for_growth()
-                self.last_step = self._within_order(self.wanted_step)
+            with contextlib.closing(self.stream.steps(count, self.cursor)) as steps:
+                for step in steps:
+                    yield step
+                    if watch and self.engine.step % watch == 0 and self._look_for_growth():
+                        self.last_step = self._within_order(self.wanted_step)
+                        break  # what was built ahead belongs to the order as it was
 
-    def _look_for_growth(self) -> None:
-        """Take up versions that were appended to the sources: from this cursor on, on every rank."""
+    def _look_for_growth(self) -> bool:
+        """Take up versions that were appended to the sources: from this cursor on, on every rank. Whether there are."""
         versions = newest_versions(self.steps.sources, self.ranks)
         if news := grown(self.cursor, versions):
             self._say(news)
-        self.cursor = self.cursor.updated(versions)
+        own = self.steps.sources.grown(self.cursor, versions) if self.ranks.is_main else None
+        self.cursor = broadcast_object(own, self.ranks)
+        self.steps.order(self.cursor)  # raises where this rank finds other contents
+        return bool(news)
 
     def _within_order(self, last_step: int) -> int:
         """The last step there are samples for."""
@@ -161,7 +168,7 @@ class _Run:
         if self.config.train.resume == "auto" and newest is not None:
             state = checkpoints.read_state(newest)
             self.data.check_sids(state, newest)
-            self.cursor = Cursor.from_json(state["cursor"])
+            self.cursor = read_cursor(state["cursor"], newest)
             check_order(state["order"], self._order(), newest)
             check_model(state["config"], self.config, newest)
             checkpoints.load(self.engine, newest)

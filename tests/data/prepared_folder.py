@@ -1,5 +1,7 @@
 """Writes small prepared folders directly, shards and all: milliseconds, where `prepare` takes a second."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from onetrain.data.catalogue import catalogue_fingerprint, write_items
 from onetrain.data.manifest import Manifest
 from onetrain.data.shard_writer import ShardWriter, UserBlock
 from onetrain.data.sids import SidMap
+from onetrain.data.store import LocalStore
+from onetrain.data.versions import open_version, version_folder
 
 BEHAVIOURS, SCENARIOS = ("buy", "view"), ("feed", "search")
 ITEMS = 12
@@ -77,4 +81,19 @@ def write_folder(folder: Path, block: UserBlock, shard_events: int = 50, fingerp
         sid_fingerprint=sids.fingerprint,
     )
     manifest.save(folder)
+    return manifest
+
+
+def write_version(folder: Path, version: int, block: UserBlock, shard_events: int = 50) -> Manifest:
+    """The next version of such a folder; every event from each user's train_start on trains."""
+    store = LocalStore(folder)
+    before = open_version(store, version - 1)
+    name = f"{before.fingerprint} and {version}"
+    made = folder.with_name(f"{folder.name}-{version}")
+    manifest = replace(write_folder(made, block, shard_events, name), parent=before.fingerprint)
+    shutil.rmtree(made / "sids")
+    manifest.save(made)
+    target = folder / version_folder(version)
+    target.parent.mkdir(exist_ok=True)
+    made.rename(target)
     return manifest
