@@ -146,6 +146,13 @@ class SampleIndex:
         self._ends = mapped(folder / "ends.bin", np.int64)
         self._samples = mapped(folder / "samples.bin", SAMPLE)
         self.by_time: Ids = mapped(folder / "by_time.bin", np.int64)  # empty unless asked for
+        tables = [self.by_time] * by_time + [self._samples] * (not self._plain)
+        samples, found = description["samples"], [len(self), *map(len, tables)]
+        if len(self._ends) != reader.n_users or any(count != samples for count in found):
+            raise DataError(
+                f"{folder} numbers {found} samples of {len(self._ends)} users; they are {samples} of {reader.n_users}. "
+                "Remove it: it is made again."
+            )
         expected = (reader.n_users, description["samples"], *[description["samples"]] * (by_time + (not self._plain)))
         found = (len(self._ends), len(self), *[len(self.by_time)] * by_time, *[len(self._samples)] * (not self._plain))
         if found != expected:
