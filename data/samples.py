@@ -153,12 +153,6 @@ class SampleIndex:
                 f"{folder} numbers {found} samples of {len(self._ends)} users; they are {samples} of {reader.n_users}. "
                 "Remove it: it is made again."
             )
-        expected = (reader.n_users, description["samples"], *[description["samples"]] * (by_time + (not self._plain)))
-        found = (len(self._ends), len(self), *[len(self.by_time)] * by_time, *[len(self._samples)] * (not self._plain))
-        if found != expected:
-            raise DataError(
-                f"The index {folder} holds {found} users and samples instead of {expected}. Remove it: it is made again."
-            )
 
     @property
     def skipped_shards(self) -> tuple[str, ...]:
