@@ -21,20 +21,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from onetrain.data.order import GlobalOrder
+from onetrain.data.cursor import Cursor
 from onetrain.data.prepare import prepare
 from onetrain.data.samples import SampleIndex
-from onetrain.data.stream import Step, TrainingStream
+from onetrain.data.steps import StepBuilder
+from onetrain.data.stream import LocalStream, Step
 from onetrain.launcher.config import load_config
 from onetrain.launcher.console import print_message, print_table
 from onetrain.launcher.environment import environment
 from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_numerics
 from onetrain.launcher.options import RunConfig
+from onetrain.launcher.stream import stream_spec
 from onetrain.launcher.tokenize import tokenize
 from onetrain.launcher.train import loss_of_batch
 from onetrain.model.moe import Router, routers
 from onetrain.parallel import process_group
 from onetrain.parallel.engine import Engine
+from onetrain.parallel.mesh import Mesh
 from onetrain.parallel.process_group import Ranks
 
 WINDOW = 20  # steps whose loads are added up for one point of the curve
@@ -60,22 +63,13 @@ def skew(model: nn.Module, step: Step, ranks: Ranks) -> None:
 
 def run(config: RunConfig, data: PreparedData, ranks: Ranks) -> dict[str, object]:
     """Trains one arm; its curves."""
-    index = SampleIndex(data.reader, "train", config.batch)
-    builder = data.builder(config)
+    steps = StepBuilder(stream_spec(config, data, Mesh.plan(ranks.world_size, config.parallel)))
+    stream, cursor = LocalStream(steps, 0), Cursor().updated(steps.sources.newest())
     model = build_model(config, data)
-    stream = TrainingStream(
-        index=index,
-        order=GlobalOrder(len(index), data.manifest.fingerprint, config.seed),
-        builder=builder,
-        global_batch_size=config.parallel.global_batch_size,
-        micro_batches=1,
-        rank=0,
-        world_size=1,
-    )
-    skew(model, next(iter(stream.steps(1, 0))), ranks)
+    skew(model, next(iter(stream.steps(1, cursor))), ranks)
     engine = Engine(model, config.parallel, config.optimizer, ranks, config.train.steps)
     losses, loads, curve = [], [], []
-    for step in stream.steps(config.train.steps, 0):
+    for step in stream.steps(config.train.steps, cursor):
         result = engine.train_step(
             step.micro_batches, partial(loss_of_batch, device=ranks.device), lambda batch: batch.weight
         )
@@ -89,8 +83,8 @@ def run(config: RunConfig, data: PreparedData, ranks: Ranks) -> dict[str, object
     total = weight = 0.0
     with torch.no_grad():
         for start in range(0, len(valid), 256):
-            samples = [valid[i] for i in range(start, min(start + 256, len(valid)))]
-            parts = loss_of_batch(engine.module, builder.build(samples), ranks.device)
+            rows = valid.rows(range(start, min(start + 256, len(valid))))
+            parts = loss_of_batch(engine.module, steps.builder.build(rows), ranks.device)
             total, weight = total + float(parts[0]), weight + float(parts[1])
     engine.close()
     return {"loss": losses, "load": curve, "valid_loss": total / weight}

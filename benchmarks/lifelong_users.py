@@ -107,10 +107,10 @@ def outcome(trained: RunConfig, config: RunConfig, split: Split = "test") -> Out
     builder, index = data.builder(config), SampleIndex(data.reader, split, config.batch)
     hits, places = [], []
     for start in range(0, len(index), EVALUATED):
-        samples = [index[number] for number in range(start, min(start + EVALUATED, len(index)))]
-        context, targets = model_inputs(builder.build(samples), torch.device("cpu"))
+        ids = range(start, min(start + EVALUATED, len(index)))
+        context, targets = model_inputs(builder.build(index.rows(ids)), torch.device("cpu"))
         hits.append(cross_entropies(model(context, targets))[1].numpy())
-        places += [_deciding(sample, data) for sample in samples]
+        places += [_deciding(index[number], data) for number in ids]
     distance_M, alone_M = (np.concatenate(parts) for parts in zip(*places, strict=True))
     return Outcome(np.concatenate(hits, axis=1), distance_M, alone_M)
 
