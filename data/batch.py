@@ -94,7 +94,10 @@ class BatchBuilder:
         self, sids: SidMap, manifest: Manifest, items: ItemTable, options: BatchOptions, features: FeatureNames
     ) -> None:
         self.options = options
-        self.codes_IL, self.levels = sids.codes_IL, sids.codes_IL.shape[1]
+        smallest = np.min_scalar_type(
+            max(sids.sizes) - 1
+        )  # of the largest code: the table stays in a processor's cache
+        self.codes_IL, self.levels = sids.codes_IL.astype(smallest), sids.codes_IL.shape[1]
         self.log_share_I = items.log_share_I
         self.names = check_features(features, manifest, items)
         if AGE in self.names.events and options.share_context == "user":

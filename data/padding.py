@@ -43,8 +43,8 @@ class Padding:
         pad_counted(first_B, self.length_B, out_BN)
         return torch.from_numpy(out_BN)
 
-    def entries(self, table_IL: Ids, index_E: NDArray) -> Tensor:
-        """(B, N, L) int64 entries of a table; takes L planes. Raises IndexError for one that it does not have."""
+    def entries(self, table_IL: NDArray, index_E: NDArray) -> Tensor:
+        """(B, N, L) int64 of entries of an integer table; takes L planes. IndexError for one it does not have."""
         if len(index_E) and not 0 <= index_E.min() <= index_E.max() < len(table_IL):
             raise IndexError(f"entries {index_E.min()} to {index_E.max()} are not all in [0, {len(table_IL)})")
         levels = table_IL.shape[1]

@@ -4,8 +4,11 @@ A keyed Feistel network permutes, walking along the cycle until it lands inside 
 arbitrary finite domains", CT-RSA 2002).
 """
 
+from functools import lru_cache
+
 import numpy as np
 import xxhash
+from numba import njit
 from numpy.typing import NDArray
 
 ROUNDS = 6
@@ -22,12 +25,9 @@ def key_of(*parts: object) -> int:
 def permute(index: Ids, n: int, key: int) -> Ids:
     """Images of `index` (each in [0, n)) under the bijection of [0, n) that `key` selects."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    image = index.astype(np.uint64)
-    outside = np.ones(len(image), dtype=bool)
-    while outside.any():
-        image[outside] = _feistel(image[outside], half_bits, key)
-        outside = image >= n
-    return image.astype(np.int64)
+    image = np.empty(len(index), dtype=np.int64)
+    _walk(index.astype(np.uint64), np.uint64(n), np.uint64(half_bits), _round_keys(key), image)
+    return image
 
 
 def permute_in_windows(index: Ids, n: int, key: int, window: int | None) -> Ids:
@@ -56,17 +56,31 @@ def permute_in_windows(index: Ids, n: int, key: int, window: int | None) -> Ids:
     return image
 
 
-def _feistel(value: NDArray[np.uint64], half_bits: int, key: int) -> NDArray[np.uint64]:
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = value >> shift, value & mask
-    for round_number in range(ROUNDS):
-        round_key = np.uint64(xxhash.xxh3_64_intdigest(round_number.to_bytes(1, "little"), seed=key))
-        left, right = right, left ^ (_mix(right + round_key) & mask)
-    return (left << shift) | right
+@lru_cache(maxsize=4096)
+def _round_keys(key: int) -> NDArray[np.uint64]:
+    keys = [xxhash.xxh3_64_intdigest(number.to_bytes(1, "little"), seed=key) for number in range(ROUNDS)]
+    return np.array(keys, dtype=np.uint64)
 
 
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+@njit(inline="always")
+def _mix(value):  # type: ignore[no-untyped-def]
     """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+@njit(nogil=True, cache=True)
+def _walk(index, n, half_bits, round_keys, image):  # type: ignore[no-untyped-def]
+    """Applies the Feistel network to every index until it is below n."""
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    for place in range(len(index)):
+        value = index[place]
+        while True:
+            left, right = value >> half_bits, value & mask
+            for round_key in round_keys:
+                left, right = right, left ^ (_mix(right + round_key) & mask)
+            value = (left << half_bits) | right
+            if value < n:
+                break
+        image[place] = value

@@ -6,19 +6,36 @@ of each.
 
 from typing import Any
 
-from numba import njit
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
 
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
 @njit(nogil=True, cache=True)
-def copy_ranges(source: Array, begin_B: Array, length_B: Array, at_B: Array, out: Array) -> bool:
-    """out[at : at + length] = source[begin : begin + length] of every row; False if a row is not within `source`."""
+def copy_ranges(base_B: Array, size_B: Array, begin_B: Array, length_B: Array, at_B: Array, out: Array) -> bool:
+    """out[at : at + length] = source[begin : begin + length] of every row, of sources of the type of `out`.
+
+    base, size: address and bytes of each row's source, which the caller holds. False if a row is not within its source.
+    """
     for row in range(len(begin_B)):
         begin, length, at = begin_B[row], length_B[row], at_B[row]
-        if begin < 0 or length < 0 or begin + length > len(source):
+        if begin < 0 or length < 0 or (begin + length) * out.itemsize > size_B[row]:
             return False
+        source = carray(_pointer(base_B[row]), begin + length, out.dtype)
         for place in range(length):
             out[at + place] = source[begin + place]
     return True
@@ -59,3 +76,7 @@ def pad_counted(first_B: Array, length_B: Array, out_BN: Array) -> None:
     for row in range(len(length_B)):
         for place in range(out_BN.shape[1]):
             out_BN[row, place] = first_B[row] + place if place < length_B[row] else 0
+
+
+# numba sets itself up at its first call, which takes most of a second: here, and not in a run's first batch
+pad_counted(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 0), np.int64))

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +63,19 @@ class Places:
 
     users: NDArray[Any]  # (B,) records of the user table
     batches: NDArray[Any]  # (B,) records of their record batches
-
-    @cached_property
-    def shard_B(self) -> list[int]:  # noqa: N802
-        """Number of each user's shard."""
-        shards: list[int] = self.batches["shard"].tolist()
-        return shards
-
-    @cached_property
-    def by_shard(self) -> tuple[Ids, list[tuple[int, slice]]]:
-        """The users sorted by shard, and of every shard which of the sorted they are."""
-        order_B = np.argsort(self.batches["shard"], kind="stable")
-        shards, begins = np.unique(self.batches["shard"][order_B], return_index=True)
-        bounds = pairwise([*begins.tolist(), len(order_B)])
-        return order_B, [(shard, slice(*bound)) for shard, bound in zip(shards.tolist(), bounds, strict=True)]
+    shards: "list[_OpenShard]"  # that they lie in, mapped as long as this is there
+    shard_B: Ids  # which of these
 
     def first(self, name: str) -> Ids:
         """(B,) number, within its shard, of each user's first value of a column."""
         first_B: Ids = self.batches[name] + self._begin_B
         return first_B
+
+    @cached_property
+    def sources(self) -> tuple[Ids, Ids]:
+        """(B,) address and bytes of each user's shard."""
+        addresses = np.array([shard.bytes.__array_interface__["data"][0] for shard in self.shards], dtype=np.int64)
+        return addresses[self.shard_B], np.array([len(shard.bytes) for shard in self.shards])[self.shard_B]
 
     @cached_property
     def _begin_B(self) -> Ids:  # noqa: N802
@@ -127,11 +120,12 @@ class ShardReader:
         """Find the users of these rows, and check what is read for the first time."""
         batch_B = self._batch(row_B)
         batches = self.table.batches[batch_B]
-        for shard in set(batches["shard"].tolist()):
+        shards, shard_B = np.unique(batches["shard"], return_inverse=True)
+        for shard in shards.tolist():
             self._look_again(shard)
         for batch in set(batch_B[~self._verified[batch_B]].tolist()):
             self._verify(batch)
-        return Places(self.table.users[row_B], batches)
+        return Places(self.table.users[row_B], batches, [self._shard(shard) for shard in shards.tolist()], shard_B)
 
     def readable(self, row_B: Ids) -> NDArray[np.bool_]:
         """(B,) whether the record batch of each row is what was written; reads those that were not read before.
@@ -165,18 +159,14 @@ class ShardReader:
     def pieces(self, name: str, places: Places, start_B: Ids, stop_B: Ids) -> list[NDArray[Any]]:
         """Of each user the events [start, stop) of one column, as views."""
         first_B = places.first(name)
-        views = {shard: self._shard(shard).view(self.types[name]) for shard in set(places.shard_B)}
-        bounds = zip(places.shard_B, (first_B + start_B).tolist(), (first_B + stop_B).tolist(), strict=True)
+        views = [shard.view(self.types[name]) for shard in places.shards]
+        bounds = zip(places.shard_B.tolist(), (first_B + start_B).tolist(), (first_B + stop_B).tolist(), strict=True)
         return [views[shard][begin:end] for shard, begin, end in bounds]
 
     def copy(self, name: str, places: Places, start_B: Ids, length_B: Ids, at_B: Ids, out: NDArray[Any]) -> None:
         """Of each user `length` events of a column, from `start` on, to out[at : at + length]."""
-        order_B, shards = places.by_shard
-        begin, length, at = (values_B[order_B] for values_B in (places.first(name) + start_B, length_B, at_B))
-        for shard, rows in shards:
-            view = self._shard(shard).view(self.types[name])
-            if not copy_ranges(view, begin[rows], length[rows], at[rows], out):
-                raise IndexError(f"events from {start_B[order_B[rows]]} on, {length[rows]} each, are not all there")
+        if not copy_ranges(*places.sources, places.first(name) + start_B, length_B, at_B, out):
+            raise IndexError(f"events from {start_B} on, {length_B} each, are not all there")
 
     def user(self, row: int) -> UserSequence:
         """Events of the user in this row (0-based). Raises IndexError outside [0, n_users)."""
