@@ -35,7 +35,7 @@ def copy_ranges(base_B: Array, size_B: Array, begin_B: Array, length_B: Array, a
         begin, length, at = begin_B[row], length_B[row], at_B[row]
         if begin < 0 or length < 0 or (begin + length) * out.itemsize > size_B[row]:
             return False
-        source = carray(_pointer(base_B[row]), begin + length, out.dtype)
+        source = carray(_pointer(base_B[row]), begin + length, out.dtype)  # type: ignore[call-arg]
         for place in range(length):
             out[at + place] = source[begin + place]
     return True

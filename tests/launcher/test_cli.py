@@ -216,7 +216,7 @@ IMPOSSIBLE = [
     (["parallel.tensor_parallel=2"], "parallel.tensor_parallel 2 needs a multiple of 2 ranks, and there are 3"),
     (["parallel.expert_parallel=3"], "parallel.expert_parallel 3 needs experts"),
     (["parallel.precision=bf16"], "set parallel.zero_stage to 1"),
-    (["parallel.global_batch_size=256"], "run with 2 or 4 ranks"),
+    (["parallel.global_batch_size=2"], "global_batch_size 2 is too small for 3 ranks"),
 ]
 
 
