@@ -11,6 +11,8 @@ import xxhash
 from numba import njit
 from numpy.typing import NDArray
 
+from onetrain.data.compiled import loop
+
 ROUNDS = 6
 BLOCKS = 64  # contiguous pieces that one window of a windowed shuffle is made of
 
@@ -70,7 +72,7 @@ def _mix(value):  # type: ignore[no-untyped-def]
     return value ^ (value >> np.uint64(31))
 
 
-@njit(nogil=True, cache=True)
+@loop
 def _walk(index, n, half_bits, round_keys, image):  # type: ignore[no-untyped-def]
     """Applies the Feistel network to every index until it is below n."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)

@@ -7,10 +7,12 @@ of each.
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from onetrain.data.compiled import loop
 
 Array = NDArray[Any]
 
@@ -25,7 +27,7 @@ def _pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@njit(nogil=True, cache=True)
+@loop
 def copy_ranges(base_B: Array, size_B: Array, begin_B: Array, length_B: Array, at_B: Array, out: Array) -> bool:
     """out[at : at + length] = source[begin : begin + length] of every row, of sources of the type of `out`.
 
@@ -41,7 +43,7 @@ def copy_ranges(base_B: Array, size_B: Array, begin_B: Array, length_B: Array, a
     return True
 
 
-@njit(nogil=True, cache=True)
+@loop
 def pad(values_E: Array, length_B: Array, out_BN: Array) -> None:
     """Values into rows, zeros behind."""
     at = 0
@@ -54,7 +56,7 @@ def pad(values_E: Array, length_B: Array, out_BN: Array) -> None:
         at += length
 
 
-@njit(nogil=True, cache=True)
+@loop
 def pad_entries(table_IL: Array, index_E: Array, length_B: Array, out_BNL: Array) -> None:
     """Entries of a table into rows, zeros behind. Every index is within the table."""
     at = 0
@@ -70,7 +72,7 @@ def pad_entries(table_IL: Array, index_E: Array, length_B: Array, out_BNL: Array
         at += length
 
 
-@njit(nogil=True, cache=True)
+@loop
 def pad_counted(first_B: Array, length_B: Array, out_BN: Array) -> None:
     """first, first + 1 ... of every row, zeros behind."""
     for row in range(len(length_B)):
