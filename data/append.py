@@ -30,7 +30,7 @@ from onetrain.data.options import DataOptions
 from onetrain.data.prepare import Progress, check_options, connect
 from onetrain.data.readers import open_source
 from onetrain.data.report import Report
-from onetrain.data.schema import nearest
+from onetrain.data.schema import BOUNDS, nearest
 from onetrain.data.shard_writer import BATCH_EVENTS, UserBlock
 from onetrain.data.shards import ShardReader, read_items
 from onetrain.data.staging import stage_log
@@ -42,7 +42,6 @@ from onetrain.data.workspace import Workspace, check_space, workspace
 
 CONTENT_FORMAT = 1  # of what the fingerprint covers
 LOCK = ".append.lock"
-_BOUNDS = ("train_start", "valid_start", "test_start")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _append_into(
     progress("sort", n_rows, n_rows)
 
     writer = ContentsWriter(
-        work.result, folder.extra, options.shard_events, tuple(folder.user_features), folder.items.rows, _BOUNDS
+        work.result, folder.extra, options.shard_events, tuple(folder.user_features), folder.items.rows, BOUNDS
     )
     done = 0
     try:

@@ -27,9 +27,7 @@ class EventRows:
         self.length_B: Ids = self._range_B
         self.first_B: Ids | None = start_B if chosen_R is None else None  # of events that follow one another
         if chosen_R is not None:
-            total = np.concatenate([[0], np.cumsum(chosen_R)])
-            ends = np.cumsum(self._range_B)
-            self.length_B = total[ends] - total[ends - self._range_B]
+            self.length_B = row_sums(chosen_R, self._range_B)
 
     @cached_property
     def place_E(self) -> Ids:  # noqa: N802
@@ -65,6 +63,12 @@ class EventRows:
 
     def _kept(self, values_R: NDArray[Any]) -> NDArray[Any]:
         return values_R if self._chosen_R is None else values_R[self._chosen_R]
+
+
+def row_sums(values_R: NDArray[np.bool_], length_B: Ids) -> Ids:
+    """(B,) how many of each row's values are True."""
+    total, ends = np.concatenate([[0], np.cumsum(values_R)]), np.cumsum(length_B)
+    return total[ends] - total[ends - length_B]
 
 
 def ramp(length_B: Ids) -> Ids:

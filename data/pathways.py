@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onetrain.data.errors import DataError
-from onetrain.data.event_rows import EventRows
+from onetrain.data.event_rows import EventRows, row_sums
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import PathwayOptions
 from onetrain.data.samples import SampleRows
@@ -48,7 +48,7 @@ class Pathway:
     def _filtered(self, rows: SampleRows, histories: Histories) -> EventRows:
         begin_B = self._far_enough_back(rows.end_B, histories)
         passes_R = self._passes(histories, begin_B, rows.end_B)
-        found_B = _sums(passes_R, rows.end_B - begin_B)
+        found_B = row_sums(passes_R, rows.end_B - begin_B)
         number_R = np.cumsum(passes_R) - 1 - np.repeat(np.cumsum(found_B) - found_B, rows.end_B - begin_B)
         count_B = np.maximum(found_B - self.skip, 0)
         within = rows.end_B - begin_B
@@ -68,7 +68,7 @@ class Pathway:
         while unsure.any():
             begin_B[unsure] = np.maximum(end_B[unsure] - look, 0)
             tried_B = np.where(unsure, begin_B, end_B)  # nothing of the other rows
-            found_B = _sums(self._passes(histories, tried_B, end_B), end_B - tried_B)
+            found_B = row_sums(self._passes(histories, tried_B, end_B), end_B - tried_B)
             look *= FIRST_LOOK
             unsure &= (found_B < wanted) & (begin_B > 0)
         return begin_B
@@ -84,12 +84,6 @@ class Pathway:
             known_R = (watch_R >= 0) & (duration_R > 0)
             passes_R &= known_R & (watch_R / np.maximum(duration_R, 1) >= self.min_watched)
         return passes_R
-
-
-def _sums(values_R: NDArray[np.bool_], length_B: Ids) -> Ids:
-    """(B,) how many of each row's values are True."""
-    total, ends = np.concatenate([[0], np.cumsum(values_R)]), np.cumsum(length_B)
-    return total[ends] - total[ends - length_B]
 
 
 def _passing(wanted: Sequence[str], known: Sequence[str], setting: str) -> NDArray[np.bool_] | None:

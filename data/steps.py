@@ -4,6 +4,7 @@ Legend: G samples of the global batch, B of a micro batch.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -108,6 +109,12 @@ class StepBuilder:
         """The cursor once the step that begins here is done."""
         length, position = self.order(cursor).length, cursor.position + self.spec.global_batch_size
         return cursor.at(position if length is None else min(position, length))
+
+    def starts(self, cursor: Cursor, count: int) -> Iterator[Cursor]:
+        """The beginnings of the next `count` steps from the cursor on, or of fewer where the order ends."""
+        left, size = self.steps_left(cursor), self.spec.global_batch_size
+        count = count if left is None else min(count, left)
+        return (cursor.at(cursor.position + number * size) for number in range(count))
 
     def rows(self, cursor: Cursor) -> tuple[NDArray[np.int64], SampleRows]:
         """Source number and place of every sample of the global batch that begins at the cursor, in order."""

@@ -41,13 +41,7 @@ class LocalStream:
 
     def steps(self, count: int, cursor: Cursor) -> Generator[Step, None, None]:
         """See Stream."""
-        left, size, options = (
-            self.builder.steps_left(cursor),
-            self.builder.spec.global_batch_size,
-            self.builder.spec.stream,
-        )
-        count = count if left is None else min(count, left)
-        waiting = (cursor.at(cursor.position + number * size) for number in range(count))
+        options, waiting = self.builder.spec.stream, self.builder.starts(cursor, count)
         with ThreadPoolExecutor(options.builder_threads, "onetrain-stream") as threads:
             ahead: deque[tuple[Cursor, Future[BuiltStep]]] = deque()
 

@@ -23,9 +23,7 @@ class ServiceStream:
 
     def steps(self, count: int, cursor: Cursor) -> Generator[Step, None, None]:
         """See Stream. DataError when no builder delivers within stream.service.give_up_s."""
-        left, size = self.builder.steps_left(cursor), self.builder.spec.global_batch_size
-        count = count if left is None else min(count, left)
-        waiting = (cursor.at(cursor.position + number * size) for number in range(count))
+        waiting = self.builder.starts(cursor, count)
         ahead: deque[Request] = deque()
 
         def fill() -> None:
