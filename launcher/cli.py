@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from onetrain.launcher.cli_arguments import AddressOption, ConfigArgument, SetOption
 from onetrain.launcher.config import load_config, run_folder
 from onetrain.launcher.console import print_error, print_message, print_result, print_table, print_warning, progress
 from onetrain.launcher.environment import package_version
@@ -60,21 +61,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The job's YAML file.", show_default=False)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override one key of the file, the value in YAML, e.g. `train.steps=100`. May be repeated.",
-        show_default=False,
-    ),
-]
-AddressOption = Annotated[
-    str | None,
-    typer.Option("--address", help="Ray cluster to join; short for `--set cluster.address=...`.", show_default=False),
-]
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onetrain.cluster.options import ClusterOptions
+from onetrain.cluster.recovery_options import RecoveryOptions
 from onetrain.data.options import BatchOptions, DataOptions
 from onetrain.data.stream_options import StreamOptions
 from onetrain.model.options import ConversionOptions, ModelOptions, TokenizerOptions
@@ -48,6 +49,23 @@ class TrackingOptions:
 
 
 @dataclass(frozen=True)
+class GuardOptions:
+    """What to do about steps that would harm the run; both guards look at a step before the weights change."""
+
+    not_finite: Literal["stop", "skip", "roll_back"] = "stop"  # loss or gradient norm is NaN or infinite
+    spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
+    spike_factor: float = 3.0  # a loss above the median of the last losses by so many times their usual distance to it
+    spike_window: int = 100  # steps that the median is of; the guard is quiet until half of them are there
+    max_skips: int = 10  # batches left out in the whole run, before it stops
+
+    def __post_init__(self) -> None:
+        if self.spike_factor <= 0 or self.spike_window < 4 or self.max_skips < 0:
+            raise ValueError(
+                "guards.spike_factor is above 0, guards.spike_window at least 4, guards.max_skips at least 0"
+            )
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """What `onetrain plan` cannot know from the rest."""
 
@@ -88,7 +106,9 @@ class RunConfig:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     conversion: ConversionOptions = field(default_factory=ConversionOptions)
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    guards: GuardOptions = field(default_factory=GuardOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
