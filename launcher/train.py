@@ -6,9 +6,8 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import xxhash
@@ -19,7 +18,6 @@ from onetrain.data.cursor import Cursor
 from onetrain.data.steps import StepBuilder
 from onetrain.data.stream import Step
 from onetrain.launcher import conversion
-from onetrain.launcher.checkpoints import Best, folder_of_checkpoints, load_best
 from onetrain.launcher.config import config_difference, load_config, run_folder, save_config
 from onetrain.launcher.console import print_message, print_warning
 from onetrain.launcher.environment import environment
@@ -29,14 +27,13 @@ from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_n
 from onetrain.launcher.lifelong import check_kernels, stack_lines
 from onetrain.launcher.meter import Meter
 from onetrain.launcher.options import RunConfig
-from onetrain.launcher.resume import check_model, check_order, read_cursor
+from onetrain.launcher.saving import RunCheckpoints
 from onetrain.launcher.stream import grown, newest_versions, open_stream, sample_order, stream_spec
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.decoder import SidDecoder
 from onetrain.model.ksa.conversion import distillation_loss
 from onetrain.model.loss import LossParts, training_loss
 from onetrain.model.options import ConversionOptions
-from onetrain.parallel import checkpoint as checkpoints
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.engine import Engine
@@ -67,7 +64,6 @@ class _Run:
     def __init__(self, config: RunConfig, ranks: Ranks, overfit: bool) -> None:
         self.config, self.ranks, self.overfit = config, ranks, overfit
         self.folder = run_folder(config)
-        self.checkpoints = folder_of_checkpoints(self.folder)
         self.data = PreparedData.open(config)
         self.data.builder(config)  # refuses features and pathways that the data lack
         model = build_model(config, self.data)
@@ -76,10 +72,10 @@ class _Run:
         self.data_rank = self.engine.mesh.data_rank(ranks.rank)
         spec = stream_spec(config, self.data, self.engine.mesh)
         self.steps = StepBuilder(broadcast_object(spec if ranks.is_main else None, ranks))  # equal to the last bit
-        self.cursor = Cursor()
-        self._restore()
+        self.checkpoints = RunCheckpoints(config, ranks, self.engine, self.data, self._say)
+        restored = self.checkpoints.restore(self._order)
+        self.cursor = Cursor() if restored is None else restored.cursor
         self._look_for_growth()
-        self.best = load_best(self.folder) if self.engine.step > 0 else None
         self.stream = open_stream(config, self.steps, self.data_rank, self._say)
         self.evaluator = Evaluator(self.data, config, "valid")
         self.meter = Meter(config, self.data.vocabulary(config), self.engine)
@@ -119,7 +115,8 @@ class _Run:
                 self._save()
                 if validated:
                     metrics |= self._validate()
-                self._prune()
+            self.checkpoints.poll()
+        self.checkpoints.finish()
         return metrics
 
     def _steps(self) -> Iterator[Step]:
@@ -163,31 +160,8 @@ class _Run:
         distil = self.config.conversion if self.config.conversion.stage == "distil" else None
         return partial(loss_of_batch, device=self.ranks.device, chunk=chunk, most_targets=most_targets, distil=distil)
 
-    def _restore(self) -> None:
-        newest = checkpoints.latest(self.checkpoints)
-        if self.config.train.resume == "auto" and newest is not None:
-            state = checkpoints.read_state(newest)
-            self.data.check_sids(state, newest)
-            self.cursor = read_cursor(state["cursor"], newest)
-            check_order(state["order"], self._order(), newest)
-            check_model(state["config"], self.config, newest)
-            checkpoints.load(self.engine, newest)
-            self._say(f"going on from {newest}: step {self.engine.step}, {self.cursor.position} samples consumed")
-        elif newest is not None:
-            raise ConfigError(
-                f"{self.checkpoints} holds checkpoints of an earlier run, and train.resume is never. Choose another "
-                "name, remove that folder, or set train.resume to auto."
-            )
-        elif self.config.train.warm_start is not None:
-            source = Path(self.config.train.warm_start)
-            state = checkpoints.read_state(source)
-            self.data.check_sids(state, source)
-            conversion.check_source(self.config, state["config"])
-            differences = checkpoints.start_from(self.engine, source).describe()
-            self._say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
-
-    def _order(self) -> dict[str, object]:
-        return sample_order(self.config, self.steps.sources, self.cursor)
+    def _order(self, cursor: Cursor) -> dict[str, object]:
+        return sample_order(self.config, self.steps.sources, cursor)
 
     def _start_records(self) -> Tracker:
         if self.ranks.is_main:
@@ -228,31 +202,14 @@ class _Run:
             module.train()
         self.tracker.log(self.engine.step, {**result.means, "requests": result.requests}, kind="valid")
         value = result.means[options.best_metric]
-        better = self.best is None or self.best.metric != options.best_metric or value > self.best.value
-        if better:
-            self.best = Best(self.engine.step, options.best_metric, value)
-            if self.ranks.is_main:
-                self.best.save(self.folder)
+        better = self.checkpoints.found(self.engine.step, options.best_metric, value)
         mark = ", the best so far" if better else ""
         self._say(f"validation at step {self.engine.step}: {options.best_metric} {value:.4f}{mark}")
         return {f"valid_{name}": number for name, number in result.means.items()}
 
     def _save(self) -> None:
         with self.meter.pause():
-            folder = checkpoints.step_folder(self.checkpoints, self.engine.step)
-            state = {
-                "step": self.engine.step,
-                "cursor": self.cursor.as_json(),
-                **self.data.fingerprints(),
-                "order": self._order(),
-                "config": asdict(self.config),
-            }
-            checkpoints.save(self.engine, folder, state)
-
-    def _prune(self) -> None:
-        if self.ranks.is_main:
-            keep = {checkpoints.step_folder(self.checkpoints, self.best.step).name} if self.best else set()
-            checkpoints.prune(self.checkpoints, self.config.train.keep_last, keep)
+            self.checkpoints.save(self.cursor, self._order(self.cursor), {})
 
     def _say(self, message: str) -> None:
         if self.ranks.is_main:
