@@ -1,4 +1,4 @@
-"""Who hangs: the beats of all ranks against the deadlines of their phases. Pure bookkeeping; the caller brings the time.
+"""Who hangs: the beats of all ranks against the deadlines of their phases. Pure bookkeeping; the caller has the clock.
 
 In a collective every rank waits for the last one, so that all of them pass their deadline together. A verdict names
 the cause: the ranks that the others wait for.
