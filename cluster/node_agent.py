@@ -179,7 +179,8 @@ def _stack(pid: int, deadline: float) -> str:
         return f"{NO_ANSWER}py-spy cannot run: {error}"
     text = done.stdout.strip()
     if done.returncode or not text:
-        return f"{NO_ANSWER}{' '.join(done.stderr.split()) or f'py-spy ended with {done.returncode}'}"
+        reason = " ".join(done.stderr.partition("Stack backtrace:")[0].split())  # that would be py-spy's own
+        return f"{NO_ANSWER}{reason or f'py-spy ended with {done.returncode}'}"
     return text
 
 
