@@ -4,13 +4,15 @@ In a collective every rank waits for the last one, so that all of them pass thei
 the cause: the ranks that the others wait for.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from onetrain.cluster.beacon import Beat
 from onetrain.cluster.recovery_options import RecoveryOptions
+
+# phases with the same number of steps done, in the order in which a rank comes through them
+ORDER = ("start", "build", "restore", "checkpoint", "validation", "data_wait", "first_step", "step", "end")
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,17 @@ class Watch:
 
 
 def held_up_by(views: Sequence[RankView]) -> list[RankView]:
-    """The ranks that the others wait for: the lowest step, then the fewest collectives, then a rarer phase, else all.
+    """The ranks that the others wait for: the lowest step, then the fewest collectives, then the earliest phase.
 
-    Collectives before phases, for a rank alone in its phase may be ahead of the others as well as behind them.
+    Not the rarest phase: a rank alone in its phase may be ahead of the others as well as behind them.
     """
-    steps = {_steps(view) for view in views}
-    if len(steps) > 1:
-        views = [view for view in views if _steps(view) == min(steps)]
-    views = _fewest_collectives(views)
-    phases = Counter(view.phase for view in views).most_common()
-    if len(phases) > 1 and phases[0][1] > len(views) / 2:
-        views = [view for view in views if view.phase != phases[0][0]]
-    return list(views)
+    views = _least(views, lambda view: -1 if view.step is None else view.step)
+    return _least(_fewest_collectives(views), lambda view: ORDER.index(view.phase))
+
+
+def _least(views: Sequence[RankView], key: Callable[[RankView], int]) -> list[RankView]:
+    least = min(map(key, views))
+    return [view for view in views if key(view) == least]
 
 
 def _fewest_collectives(views: Sequence[RankView]) -> Sequence[RankView]:
@@ -174,10 +175,6 @@ def begun_most(views: Iterable[RankView]) -> dict[str, int]:
         for group, count in view.collectives.items():
             most[group] = max(count, most.get(group, count))
     return most
-
-
-def _steps(view: RankView) -> int:
-    return -1 if view.step is None else view.step
 
 
 def _names(views: Sequence[RankView]) -> str:
