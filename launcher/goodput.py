@@ -10,12 +10,13 @@ checkpoint  training stood still for a checkpoint
 validation  ranking metrics
 lost        from the last ledger record of an attempt that did not end on purpose until its end: steps that nobody has
             recorded and that are made again (as compute, then), the time it hung, and the time until that was noticed
-restart     between the end of an attempt and the work of the next: teardown, back-off, waiting for nodes, start, restore
+restart     between the end of an attempt and the work of the next: teardown, back-off, waiting for nodes, restore
 shut_down   after the last attempt's work, until the supervisor's last record
 idle        nothing ran: from the last record of a supervisor (or of a run without one) until the user started it again
 
 "Works" is the first data wait or step in the ledger, or the event of the first step done, whichever is earlier. The end
-of an attempt is its `attempt_ended` event, else the `end` record of its ledger, else its last sign of life. An attempt
+of an attempt is its `attempt_ended` event, else the `end` record of its ledger, else the last record before somebody
+started the run again (also where the next supervisor wrote the event for one that was lost). An attempt
 ends on purpose when it finished, drained or rolled back. Each step is compute once, the first time that it is recorded,
 so compute is the time whose result was kept, up to the checkpoint that the next attempt starts from.
 
@@ -46,7 +47,9 @@ LABELS = (
 )
 IN_A_RECORD = ("start_up", "data_wait", "recompute", "compute", "checkpoint", "validation")
 ON_PURPOSE = ("finished", "drained", "rolled_back")
-OVER = (*ON_PURPOSE, "stopped")  # none of them is a failure
+NO_FAILURE = (*ON_PURPOSE, "stopped", "refused")
+LATE_S = 5.0  # at most, between what a supervisor writes down of a lost one and its own first record
+OF_ATTEMPTS = ("attempt_started", "ranks_running", "training", "attempt_ended")
 OF_PHASE = {"data_wait": "data_wait", "checkpoint": "checkpoint", "validation": "validation"}
 
 
@@ -108,6 +111,7 @@ class _Attempt:
     start: Record | None = None  # of the ledger
     end: Record | None = None  # of the ledger
     ended: Record | None = None  # of the supervisor
+    ended_late: bool = False  # it was written by the next supervisor, which does not know when
 
     @property
     def first_sign(self) -> float:
@@ -121,8 +125,16 @@ class _Attempt:
 
     @property
     def end_time(self) -> float | None:
-        record = self.ended or self.end
-        return None if record is None else float(record["time"])
+        record = self.end if self.ended_late else self.ended or self.end
+        return None if record is None else _time(record)
+
+    @property
+    def over(self) -> bool:
+        return self.ended is not None or self.end is not None
+
+    @property
+    def on_purpose(self) -> bool:
+        return self.kind in ON_PURPOSE or (self.end is not None and self.end.get("outcome") in ON_PURPOSE)
 
     @property
     def kind(self) -> str | None:
@@ -143,7 +155,6 @@ class _Session:
 
     begin: float
     end: float
-    by_user: bool  # False: Ray started the supervisor again
     attempts: list[_Attempt] = field(default_factory=list)
 
 
@@ -169,9 +180,8 @@ def goodput(
     for span in line.spans:
         seconds[span.label] += span.seconds
     wall = sum(value for label, value in seconds.items() if label != "idle")
-    alive = attempts[-1] if attempts and now is not None and attempts[-1].end_time is None else None
-    over = [attempt for attempt in attempts if attempt is not alive]
-    failures = sum(attempt.kind not in OVER for attempt in over)
+    over = attempts[:-1] if attempts and now is not None and not attempts[-1].over else attempts
+    failures = sum(attempt.kind not in NO_FAILURE for attempt in over)
     return Goodput(
         spans=tuple(line.spans),
         seconds=seconds,
@@ -186,7 +196,7 @@ def goodput(
 def goodput_metrics(folder: Path) -> dict[str, float]:
     """What a tracker can log: "goodput/ettr", "goodput/compute_s" and so on, up to the last record of either log.
 
-    It reads both logs whole, which takes about a second for a run of a month: call it at checkpoints, not at every step.
+    It reads both logs whole, which takes seconds for a run of a month: call it at checkpoints, not at every step.
     """
     found = goodput(read_log(folder / EVENTS), read_log(folder / LEDGER))
     if found.ettr is None:
@@ -212,9 +222,8 @@ class _Line:
         """Everything from the end of the session before to the end of this one."""
         if self._at is None:
             self._at = session.begin
-        between = "idle" if session.by_user else "restart"
         first = session.attempts[0].number if session.attempts else None
-        self._until(session.begin, between, first)
+        self._until(session.begin, "idle", first)
         last: _Attempt | None = None
         for index, attempt in enumerate(session.attempts):
             following = session.attempts[index + 1 :][:1]
@@ -222,7 +231,7 @@ class _Line:
             self._add_attempt(attempt, limit, final=not following)
             last = attempt
         waiting = "restart" if self._attempts else "start_up"
-        if last is not None and last.kind in OVER:
+        if last is not None and last.kind in NO_FAILURE:
             waiting = "shut_down"
         self._until(session.end, waiting, None if last is None else last.number)
 
@@ -239,11 +248,11 @@ class _Line:
         for piece in attempt.pieces:
             label = before_work if piece.label == "start_up" else piece.label
             self._until(min(piece.end, stop), label, number, piece.step)
-        if end is None and final and self.now is not None and stop >= self.now:
+        if not attempt.over and final and self.now is not None and stop >= self.now:
             self._until(stop, self._label_now(attempt), number, attempt.last_step)
-        elif attempt.kind not in ON_PURPOSE:
-            known = [float(record["time"]) for record in (attempt.end, attempt.ended) if record is not None]
-            self._until(min([stop, *known]), "lost", number, attempt.last_step)
+        elif not attempt.on_purpose:
+            own_end = stop if attempt.end is None else _time(attempt.end)
+            self._until(min(stop, own_end), "lost", number, attempt.last_step)
 
     def _label_now(self, attempt: _Attempt) -> str:
         furthest = 0 if attempt.start is None else attempt.start.get("furthest") or 0
@@ -264,16 +273,17 @@ class _Line:
 
 def _attempts(events: Iterable[Record], ledger: Iterable[Record]) -> list[_Attempt]:
     found: dict[int, _Attempt] = {}
-    for record in events:
-        if not isinstance(record.get("attempt"), int):
+    for index, record in enumerate(events):
+        if not isinstance(record.get("attempt"), int) or record.get("event") not in OF_ATTEMPTS:
             continue
         attempt = found.setdefault(record["attempt"], _Attempt(record["attempt"]))
         attempt.supervised = True
-        attempt.signs.append(_time(record))
         if record.get("event") == "training":
             attempt.first_step = _time(record)
         elif record.get("event") == "attempt_ended":
-            attempt.ended = record
+            attempt.ended, attempt.ended_late = record, _is_late(events, index)
+        if not attempt.ended_late:
+            attempt.signs.append(_time(record))
     reached: dict[int, float] = {}
     for record in ledger:
         if not isinstance(record.get("attempt"), int):
@@ -293,6 +303,13 @@ def _attempts(events: Iterable[Record], ledger: Iterable[Record]) -> list[_Attem
     return list(found.values())
 
 
+def _is_late(events: Sequence[Record], index: int) -> bool:
+    """Whether this end of an attempt was written by the next supervisor, about one that was lost."""
+    following = events[index + 1] if index + 1 < len(events) else {}
+    soon = following.get("event") == "supervisor_started" and _time(following) - _time(events[index]) < LATE_S
+    return soon and events[index].get("kind") == "died"
+
+
 def _laid_out(record: Record, begin: float) -> list[Span]:
     """The seconds of one ledger record as spans from `begin` to its time; "lost" where it names none."""
     length, end = _time(record) - begin, _time(record)
@@ -310,11 +327,12 @@ def _laid_out(record: Record, begin: float) -> list[Span]:
 
 def _sessions(events: Sequence[Record], attempts: Sequence[_Attempt], now: float | None) -> list[_Session]:
     """In order of time, each ending with its last record; the last one ends `now` where the run is alive."""
-    starts = [(_time(r), not r.get("restarted")) for r in events if r.get("event") == "supervisor_started"]
-    if events and (not starts or starts[0][0] > _time(events[0])):
-        starts.insert(0, (_time(events[0]), True))
-    starts += [(attempt.first_sign, True) for attempt in attempts if not attempt.supervised]
-    sessions = [_Session(begin, begin, by_user) for begin, by_user in sorted(starts)]
+    events = [record for index, record in enumerate(events) if not _is_late(events, index)]
+    starts = [_time(record) for record in events if record.get("event") == "supervisor_started"]
+    if events and (not starts or starts[0] > _time(events[0])):
+        starts.insert(0, _time(events[0]))
+    starts += [attempt.first_sign for attempt in attempts if not attempt.supervised]
+    sessions = [_Session(begin, begin) for begin in sorted(starts)]
     if not sessions:
         return []
 
@@ -338,7 +356,7 @@ def _restarts(attempts: Sequence[_Attempt], over: Sequence[_Attempt], spans: Seq
     idle = [span for span in spans if span.label == "idle"]
     for index, attempt in enumerate(over):
         following = attempts[index + 1] if index + 1 < len(attempts) else None
-        if attempt.kind == "finished" or (following is None and attempt.kind in OVER):
+        if attempt.kind == "finished" or (following is None and attempt.kind in NO_FAILURE):
             continue  # the end of the run, or of a run that the user gave more steps later
         ended = attempt.end_time if attempt.end_time is not None else max(attempt.signs)
         works = None if following is None else following.first_step or following.works_from

@@ -1,4 +1,4 @@
-"""Made-up runs: a clock that writes events.jsonl and ledger.jsonl as supervisor and training loop would, and knows the truth."""
+"""Made-up runs: a clock that writes events and ledger as supervisor and training loop would, and knows the truth."""
 
 import json
 import math

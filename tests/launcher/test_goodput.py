@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import random
@@ -14,7 +15,7 @@ ENDINGS = ("finished", "stopped", "failed", "died", "hang", "node_lost", "preemp
 
 
 def contiguous(spans):
-    return all(first.end == second.begin for first, second in zip(spans, spans[1:], strict=False))
+    return all(first.end == second.begin for first, second in itertools.pairwise(spans))
 
 
 def check(found, history, begin=None, end=None):
@@ -172,12 +173,29 @@ def test_recompute_goes_on_where_steps_are_known():
     assert found.seconds["recompute"] == pytest.approx(40)
 
 
-def test_a_supervisor_that_ray_starts_again_is_no_idle_time():
+def test_a_lost_supervisor_leaves_idle_time():
+    """The next one writes the end of the attempt that it found open, at its own start."""
     events, ledger = example()
-    again = {"time": 171.0, "event": "supervisor_started", "restarted": True}
-    assert goodput([*events[:4], again, *events[4:]], ledger).seconds == goodput(events, ledger).seconds
-    by_user = again | {"restarted": False}
-    assert goodput([*events[:4], by_user, *events[4:]], ledger).seconds["idle"] == pytest.approx(1)
+    late = {"time": 1160.0, "event": "attempt_ended", "attempt": 1, "kind": "died", "reason": "its supervisor was lost"}
+    again = {"time": 1160.1, "event": "supervisor_started", "attempt": 1, "restarted": True}
+    rest = [record | {"time": record["time"] + 1000} for record in events[4:]]
+    entries = [record | {"time": record["time"] + 1000} for record in ledger[3:]]
+    entries[0]["begun"] += 1000
+    found = goodput([*events[:3], late, again, *rest], [*ledger[:3], *entries])
+    assert found.seconds["idle"] == pytest.approx(1000.1)
+    assert found.seconds["lost"] == 0
+    assert found.seconds["restart"] == pytest.approx(29.9)
+    (restart,) = found.restarts
+    assert (restart.reason, restart.time) == ("its supervisor was lost", 160)
+    assert restart.seconds == pytest.approx(1194 - 1160.1)
+
+
+def test_an_attempt_that_drained_loses_nothing_though_its_node_was_taken():
+    events, ledger = example()
+    drained = {"time": 161.0, "attempt": 1, "kind": "end", "outcome": "drained", "step": 22}
+    preempted = [*events[:3], events[3] | {"kind": "preempted"}, *events[4:]]
+    found = goodput(preempted, [*ledger[:3], drained, *ledger[3:]])
+    assert (found.seconds["lost"], found.seconds["restart"], found.failures) == (0, 30, 1)
 
 
 def test_nothing_of_a_run_without_records(tmp_path):
