@@ -34,6 +34,7 @@ setup(
         "fsspec",
         "xxhash",
         "psutil",
+        "plotly>=6",
     ],
     extras_require={
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "pre-commit"],
