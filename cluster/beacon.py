@@ -12,6 +12,7 @@ from typing import Any
 
 PHASES = ("start", "build", "restore", "first_step", "step", "data_wait", "checkpoint", "validation", "end")
 DRAIN = "drain"  # the wish that the run saves a checkpoint after its current step and ends the attempt
+STOP = "stop"  # the wish that it ends at once, unsaved
 
 
 class AttemptEnded(Exception):  # noqa: N818 - an attempt that ends on purpose is no error

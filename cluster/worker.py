@@ -20,7 +20,9 @@ from typing import Any, TextIO
 import ray
 from ray import cloudpickle
 
+from onetrain.cluster.beacon import BEACON, DRAIN, STOP, Beat
 from onetrain.cluster.errors import ClusterError
+from onetrain.cluster.node_agent import allow_tracing
 
 
 @dataclass(frozen=True)
@@ -32,42 +34,46 @@ class Outcome:
 
 
 class Mailbox:
-    """An actor between the driver and its workers: printed lines go one way, the wish to stop the other."""
+    """An actor between the driver and its workers: printed lines and heartbeats go one way, wishes the other."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._beats: dict[int, Beat] = {}
         self._arrived = asyncio.Event()
-        self._stop = asyncio.Event()
+        self._wish, self._why = "", ""
 
     async def put(self, lines: list[str]) -> None:
         """Append printed lines; an empty list lets a waiting `take` return."""
         self._lines += lines
         self._arrived.set()
 
-    async def take(self, wait: bool = True) -> list[str]:
-        """Wait for `put`, then hand over all lines there are."""
-        if wait:
-            await self._arrived.wait()
+    async def beat(self, beat: Beat) -> tuple[str, str]:
+        """A rank shows itself, and learns what is wished of it: ("", ""), (DRAIN, why) or (STOP, why)."""
+        self._beats[beat.rank] = beat
+        return self._wish, self._why
+
+    async def wish(self, wish: str, why: str) -> None:
+        """What every rank is told at its next heartbeat."""
+        self._wish, self._why = wish, why
+
+    async def take(self, wait_s: float = 0.0) -> tuple[list[str], list[Beat]]:
+        """All lines and the newest beat of every rank since the last `take`, once there are lines or time is up."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), wait_s)
         self._arrived.clear()
-        lines, self._lines = self._lines, []
-        return lines
-
-    async def stop(self) -> None:
-        """Ask every worker to stop."""
-        self._stop.set()
-
-    async def stopped(self) -> None:
-        """Return when `stop` has been called."""
-        await self._stop.wait()
+        lines, beats, self._lines, self._beats = self._lines, list(self._beats.values()), [], {}
+        return lines, beats
 
 
 class Worker:
     """An actor that runs a function as one rank, in the main thread of its process."""
 
-    def __init__(self, rank: int, node: str, mailbox: Any) -> None:
+    def __init__(self, rank: int, node: str, mailbox: Any, heartbeat_s: float, attempt: int | None) -> None:
         self._where = f"rank {rank} on node {node}"
         self._rank = rank
         self._mailbox = mailbox
+        self._heartbeat_s = heartbeat_s
+        BEACON.attempt = attempt
 
     def pid(self) -> int:
         """Process id, once the actor runs."""
@@ -95,7 +101,10 @@ class Worker:
         # Ray starts its processes with SIGINT blocked
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        threading.Thread(target=self._watch_stop, daemon=True).start()
+        # a node that is taken away says so with SIGTERM: time to save
+        signal.signal(signal.SIGTERM, lambda *_: BEACON.ask(DRAIN, f"{self._where} got SIGTERM"))
+        allow_tracing()
+        threading.Thread(target=self._show_beats, daemon=True).start()
         with self._lines_to_driver() if self._rank == 0 else contextlib.nullcontext():
             try:
                 try:
@@ -107,13 +116,19 @@ class Worker:
                     ) from error
                 return Outcome(cloudpickle.dumps(fn(*args)))
             except BaseException as error:
-                return Outcome(_pickle_error(error, self._where), failed_at=time.time())
+                return Outcome(pickle_error(error, self._where), failed_at=time.time())
 
-    def _watch_stop(self) -> None:
-        """Turn the driver's wish to stop into a KeyboardInterrupt of the running function."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._mailbox.stopped.remote())
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    def _show_beats(self) -> None:
+        """Send heartbeats, and hand wishes on: to drain through the beacon, to stop as a KeyboardInterrupt."""
+        with contextlib.suppress(ray.exceptions.RayError):  # the mailbox is gone, and Ray ends this process too
+            while True:
+                wish, why = ray.get(self._mailbox.beat.remote(BEACON.beat(self._rank, os.getpid())))
+                if wish == STOP:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
+                if wish:
+                    BEACON.ask(wish, why)
+                time.sleep(self._heartbeat_s)
 
     @contextlib.contextmanager
     def _lines_to_driver(self) -> Any:
@@ -168,7 +183,7 @@ class _LineCopy(io.TextIOBase):
         return True
 
 
-def _pickle_error(error: BaseException, where: str) -> bytes:
+def pickle_error(error: BaseException, where: str) -> bytes:
     """Pickle an exception with a note of where it was raised; one that cannot make the trip goes as its text."""
     error.add_note(f"raised by {where}:\n{''.join(traceback.format_exception(error))}")
     try:

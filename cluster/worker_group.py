@@ -1,29 +1,35 @@
 """The worker group: one Ray actor per rank, placed together, started together, ended together.
 
 A rank that dies cannot rejoin its process group, so nothing is restarted here: the group ends as a whole, and the
-caller decides about another attempt.
+supervisor decides about another attempt.
 """
 
 import ipaddress
 import os
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from onetrain.cluster.errors import ClusterError
+from onetrain.cluster.beacon import DRAIN, STOP
+from onetrain.cluster.errors import ClusterError, LostWorkerError
 from onetrain.cluster.local_ray import ray_session
 from onetrain.cluster.options import ClusterOptions
+from onetrain.cluster.recovery_options import RecoveryOptions
+from onetrain.cluster.watch import RankView, Verdict, Watch
 from onetrain.cluster.worker import Mailbox, Outcome, Worker
 
 T = TypeVar("T")
 
 STOP_GRACE_S = 5.0  # between asking the workers to stop and killing them
+LOOK_S = 0.5  # between two looks at heartbeats
+SILENT_BEATS = 4  # heartbeats that a rank has missed when it counts as the cause of others' broken connections
 FAILURE_GRACE_S = 2.0  # one failing rank breaks the others' collectives; wait this long for the cause among the effects
 
 
@@ -60,16 +66,38 @@ def run_on_workers(
             group.shut_down()
 
 
-class WorkerGroup:
-    """`options.workers` actors in one placement group; `start`, `run` once, and always `shut_down`."""
+class Observer(Protocol):
+    """Who looks at a running group."""
 
-    def __init__(self, options: ClusterOptions, threads_per_worker: int) -> None:
+    def looked(self, views: list[RankView]) -> None:
+        """Called twice a second with every rank's state."""
+
+    def hangs(self, verdict: Verdict, views: list[RankView]) -> Exception:
+        """A rank hangs: what to raise, once everything about it is written down."""
+
+
+class WorkerGroup:
+    """`options.workers` actors in one placement group; `start`, `run` once, and always `shut_down`.
+
+    `attempt` numbers the try of a supervised run; `recovery` says how often ranks show themselves, and when they hang.
+    """
+
+    def __init__(
+        self,
+        options: ClusterOptions,
+        threads_per_worker: int,
+        attempt: int | None = None,
+        recovery: RecoveryOptions | None = None,
+    ) -> None:
         self.nodes: list[str] = []  # node address of each rank
+        self.processes: dict[int, tuple[str, int]] = {}  # rank -> (node id, pid)
         self._options = options
         self._threads_per_worker = threads_per_worker
+        self._attempt = attempt
+        self._recovery = recovery or RecoveryOptions()
+        self._stop_wanted = threading.Event()
         self._placement: PlacementGroup | None = None
         self._workers: list[Any] = []
-        self._pids: list[int] = []
         self._mailbox: Any = None
 
     def start(self) -> None:
@@ -89,7 +117,10 @@ class WorkerGroup:
 
         places = _sorted_places(self._placement)
         self.nodes = [address for address, _, _ in places]
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=options.workers + 8).remote()
+        # beside this process: it outlives every other node
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=options.workers + 8, scheduling_strategy=here)
+        self._mailbox = mailbox.remote()
         for rank, (address, _, bundle_index) in enumerate(places):
             actor = ray.remote(Worker).options(
                 num_cpus=options.cpus_per_worker,
@@ -97,9 +128,10 @@ class WorkerGroup:
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, bundle_index),
             )
-            self._workers.append(actor.remote(rank, address, self._mailbox))
+            arguments = (rank, address, self._mailbox, self._recovery.heartbeat_s, self._attempt)
+            self._workers.append(actor.remote(*arguments))
         try:
-            self._pids = ray.get([w.pid.remote() for w in self._workers], timeout=deadline - time.monotonic())
+            pids = ray.get([w.pid.remote() for w in self._workers], timeout=deadline - time.monotonic())
         except GetTimeoutError:
             raise ClusterError(
                 f"the {options.workers} workers were placed but did not start within cluster.start_timeout_s = "
@@ -110,6 +142,7 @@ class WorkerGroup:
                 f"a worker did not start; is onetrain installed on every node? Ray says: {error}"
             ) from error
 
+        self.processes = {rank: (node_id, pids[rank]) for rank, (_, node_id, _) in enumerate(places)}
         port = ray.get(self._workers[0].find_port.remote(options.master_port))
         if port is None:
             raise ClusterError(
@@ -123,36 +156,56 @@ class WorkerGroup:
             ]
         )
 
-    def run(self, fn: Callable[..., T], args: tuple[Any, ...], on_message: Callable[[str], None]) -> list[T]:
-        """Run `fn(*args)` on every rank; see `run_on_workers`."""
+    def run(
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        on_message: Callable[[str], None],
+        observer: Observer | None = None,
+    ) -> list[T]:
+        """Run `fn(*args)` on every rank; see `run_on_workers`.
+
+        With an observer also raises what it makes of a rank that hangs.
+        """
         call = ray.put(cloudpickle.dumps((fn, args)))
         pending = {worker.run.remote(call): rank for rank, worker in enumerate(self._workers)}
-        lines = self._mailbox.take.remote()
+        watch = Watch(self._recovery, len(self._workers), time.monotonic(), self.nodes)
+        look = self._mailbox.take.remote(LOOK_S)
         outcomes: dict[int, Outcome | ClusterError] = {}
         give_up = float("inf")
         try:
             while pending and (left := give_up - time.monotonic()) > 0:
-                # `lines` last, so that steady printing cannot hide a failed rank
-                ready, _ = ray.wait([*pending, lines], timeout=None if left == float("inf") else left)
+                # `look` last, so that steady printing cannot hide a failed rank
+                ready, _ = ray.wait([*pending, look], timeout=None if left == float("inf") else left)
                 for ref in ready:
-                    if ref == lines:
-                        _deliver(lines, on_message)
-                        lines = self._mailbox.take.remote()
+                    if ref == look:
+                        look = self._taken(look, on_message, watch, observer if give_up == float("inf") else None)
                         continue
                     rank = pending.pop(ref)
+                    watch.done(rank)
                     outcomes[rank] = outcome = self._outcome(ref, rank)
                     if isinstance(outcome, ClusterError) or outcome.failed_at is not None:
                         give_up = min(give_up, time.monotonic() + FAILURE_GRACE_S)
+                if self._stop_wanted.is_set():
+                    raise KeyboardInterrupt
         except (KeyboardInterrupt, SystemExit):
-            self._mailbox.stop.remote()
+            self._mailbox.wish.remote(STOP, "stopped")
             ray.wait(list(pending), num_returns=len(pending), timeout=STOP_GRACE_S)
             raise
         finally:
-            self._mailbox.put.remote([])
-            for rest in (lines, self._mailbox.take.remote(wait=False)):
-                _deliver(rest, on_message)
-        _raise_first_failure(outcomes)
+            for rest in (look, self._mailbox.take.remote()):
+                _deliver(ray.get(rest)[0], on_message)
+        views = [view for view in watch.snapshot(time.monotonic()) if view.rank not in outcomes]
+        _raise_first_failure(outcomes, self._gone(views))
         return [cloudpickle.loads(outcomes[rank].pickled) for rank in sorted(outcomes)]  # type: ignore[union-attr]
+
+    def drain(self, why: str) -> None:
+        """Ask the function, which reads its beacon, to save and to end this attempt."""
+        self._mailbox.wish.remote(DRAIN, why)
+
+    def stop(self) -> None:
+        """From any thread: `run` ends as by Ctrl-C."""
+        self._stop_wanted.set()
 
     def shut_down(self) -> None:
         """Kill every actor and remove the placement group; safe to call at any time."""
@@ -182,16 +235,49 @@ class WorkerGroup:
             for rank, node_id in enumerate(node_ids)
         ]
 
-    def _outcome(self, ref: Any, rank: int) -> Outcome | ClusterError:
-        """How a rank ended; a dead process is a ClusterError."""
+    def _taken(self, look: Any, on_message: Callable[[str], None], watch: Watch, observer: Observer | None) -> Any:
+        """Handle one look at the mailbox, and begin the next."""
+        lines, beats = ray.get(look)
+        _deliver(lines, on_message)
+        now = time.monotonic()
+        for beat in beats:
+            watch.heard(beat, now)
+        if observer is not None:
+            observer.looked(views := watch.snapshot(now))
+            if (verdict := watch.verdict(now)) is not None:
+                raise observer.hangs(verdict, views)
+        return self._mailbox.take.remote(LOOK_S)
+
+    def _outcome(self, ref: Any, rank: int) -> Outcome | LostWorkerError:
+        """How a rank ended."""
         try:
             return ray.get(ref)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            return ClusterError(
-                f"the worker of rank {rank} on node {self.nodes[rank]} (pid {self._pids[rank]}) died; the others were "
+            node_id, pid = self.processes[rank]
+            message = (
+                f"the worker of rank {rank} on node {self.nodes[rank]} (pid {pid}) died; the others were "
                 f"stopped. Ray says: {reason}"
             )
+            node_lost = any(node["NodeID"] == node_id and not node["Alive"] for node in ray.nodes())
+            preempted = bool(getattr(error, "preempted", False))
+            return LostWorkerError(message, rank, self.nodes[rank], node_lost, preempted)
+
+    def _gone(self, views: list[RankView]) -> LostWorkerError | None:
+        """The first rank that has neither ended nor shown itself of late: with its node, if that has nobody else."""
+        limit = SILENT_BEATS * self._recovery.heartbeat_s
+        silent = {view.rank: view.age_s for view in views if view.age_s is not None and view.age_s > limit}
+        if not silent:
+            return None
+        rank = min(silent)
+        node_id, pid = self.processes[rank]
+        node_lost = all(other in silent for other, (node, _) in self.processes.items() if node == node_id)
+        what = f"node {self.nodes[rank]}, with rank {rank}," if node_lost else f"rank {rank} on node {self.nodes[rank]}"
+        message = (
+            f"{what} (pid {pid}) has not shown itself for {silent[rank]:.0f} s, and the other ranks lost it; they were "
+            "stopped."
+        )
+        return LostWorkerError(message, rank, self.nodes[rank], node_lost)
 
 
 def _sorted_places(placement: PlacementGroup) -> list[tuple[str, str, int]]:
@@ -202,21 +288,23 @@ def _sorted_places(placement: PlacementGroup) -> list[tuple[str, str, int]]:
     return sorted(places, key=lambda place: (ipaddress.ip_address(place[0]).packed, *place[1:]))
 
 
-def _deliver(lines: Any, on_message: Callable[[str], None]) -> None:
+def _deliver(lines: list[str], on_message: Callable[[str], None]) -> None:
     """Hand over the lines that rank 0 printed."""
-    for line in ray.get(lines):
+    for line in lines:
         on_message(line)
 
 
-def _raise_first_failure(outcomes: dict[int, Outcome | ClusterError]) -> None:
-    """Raise the cause, if any rank failed: a death before all, then user-facing errors, then the earliest."""
+def _raise_first_failure(outcomes: dict[int, Outcome | ClusterError], gone: ClusterError | None) -> None:
+    """Raise the cause, if any rank failed: a death before all, then errors for the user, then a rank that went silent,
+    then the earliest."""
     for _, outcome in sorted(outcomes.items()):
         if isinstance(outcome, ClusterError):
             raise outcome
     failed = [o for o in outcomes.values() if isinstance(o, Outcome) and o.failed_at is not None]
     if failed:
         errors = [cloudpickle.loads(o.pickled) for o in sorted(failed, key=lambda o: o.failed_at or 0.0)]
-        raise min(errors, key=lambda error: not hasattr(error, "exit_code"))
+        meant_for_the_user = [error for error in errors if hasattr(error, "exit_code")]
+        raise [*meant_for_the_user, *([] if gone is None else [gone]), *errors][0]
 
 
 def _shortage(options: ClusterOptions) -> str:

@@ -9,19 +9,19 @@ Anything else is a bug and keeps its traceback (exit code 1).
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from onetrain.launcher.cli_arguments import AddressOption, ConfigArgument, SetOption
+from onetrain.launcher import cli_run
+from onetrain.launcher.cli_arguments import AddressOption, ConfigArgument, SetOption, cluster_overrides
+from onetrain.launcher.cli_submit import submit
 from onetrain.launcher.config import load_config, run_folder
 from onetrain.launcher.console import print_error, print_message, print_result, print_table, print_warning, progress
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.errors import ConfigError
-from onetrain.launcher.options import RunConfig
 from onetrain.launcher.report_tables import appended_rows, codebook_rows, preparation_rows
 
 NO_SPACE = 6
@@ -152,7 +152,10 @@ def train(
     ] = None,
     address: AddressOption = None,
 ) -> None:
-    """Train on a Ray worker group; starts a local Ray unless an address is given.
+    """Train on a Ray worker group under supervision; starts a local Ray unless an address is given.
+
+    What fails is tried again, as the section recovery says. On a given cluster the run goes on when this command dies,
+    and the same command finds it again; Ctrl-C stops it.
 
     The run writes into storage_path/name and goes on from its newest checkpoint, if there is one. Where RANK and
     WORLD_SIZE are set, as torchrun does, this process is one rank and Ray is not used:
@@ -161,7 +164,8 @@ def train(
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if distributed and (workers is not None or address is not None):
         raise ConfigError("--workers and --address start a Ray worker group, but RANK and WORLD_SIZE are already set")
-    options = load_config(config, [*(overrides or ()), *_cluster_overrides(workers, address)])
+    options = load_config(config, [*(overrides or ()), *cluster_overrides(workers, address)])
+    from onetrain.launcher.supervised import run_supervised
     from onetrain.launcher.train import train as run
     from onetrain.parallel.deepspeed_config import check_options
 
@@ -174,7 +178,7 @@ def train(
         if os.environ["RANK"] != "0":
             return
     else:
-        result = _on_workers(run, options)
+        result = run_supervised(options)
     rows = [[name, value] for name, value in result.items() if name.count("/") < 2]  # not those of single layers
     print_table(f"trained {options.name}", ["", "value"], rows)
     print_message(f"run folder: {run_folder(options)}")
@@ -291,28 +295,8 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _on_workers(run: Callable[[RunConfig], dict[str, float]], options: RunConfig) -> dict[str, float]:
-    """The result of rank 0 of a Ray worker group, with the data service beside it if the configuration has one."""
-    from onetrain.cluster.local_ray import ray_session
-    from onetrain.cluster.worker_group import run_on_workers
-
-    service, threads = options.stream.service, options.train.threads_per_worker
-    if not service.actors:
-        return run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
-    from onetrain.data.service.start import data_service
-
-    cpus = service.cpus_per_actor * (service.max_actors or service.actors)
-    timeout_s = options.cluster.start_timeout_s
-    with (
-        ray_session(options.cluster, cpus, service.memory_gib),
-        data_service(options.name, options.stream, print_message, timeout_s),
-    ):
-        return run_on_workers(run, (options,), options.cluster, threads_per_worker=threads)[0]
-
-
-def _cluster_overrides(workers: int | None, address: str | None) -> list[str]:
-    given = {"cluster.workers": workers, "cluster.address": address}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+app.command(epilog="Example: `onetrain stop configs/demo.yaml --address auto`")(cli_run.stop)
+app.command(epilog="Example: `onetrain submit configs/demo.yaml --address http://head:8265`")(submit)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Arguments that several verbs of the command line have in common."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,3 +28,9 @@ RunArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+def cluster_overrides(workers: int | None, address: str | None) -> list[str]:
+    """--workers and --address as overrides of the configuration."""
+    given = {"cluster.workers": workers, "cluster.address": address}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
