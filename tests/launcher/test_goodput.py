@@ -18,7 +18,7 @@ def contiguous(spans):
     return all(first.end == second.begin for first, second in itertools.pairwise(spans))
 
 
-def check(found, history, begin=None, end=None):
+def check(found, history):
     """Spans without gap or overlap whose sums are the wall time."""
     assert contiguous(found.spans)
     assert all(span.seconds > 0 and span.label in LABELS for span in found.spans)
@@ -70,6 +70,8 @@ def random_history(chance):
                 before = history.before_work if not records else over
                 history.spend("lost" if working else before, seconds())
                 history.end(kind, reason="why", rank=0, node="a", step=step, position=0)
+                if final and kind not in ("finished", "stopped"):
+                    history.event("gave_up", reason="why")
                 if chance.random() < 0.5:
                     history.spend("shut_down" if final and (on_purpose or kind == "stopped") else "restart", seconds())
                     history.event("waiting", seconds=1.0, reason="")
