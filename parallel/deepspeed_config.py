@@ -24,6 +24,7 @@ OWNED = {
     "scheduler": "optimizer.schedule",
     "fp16": "parallel.precision",
     "bf16.enabled": "parallel.precision",
+    "bf16.check_grad_overflow": "nothing: an update that is not finite is never made",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
 }

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 from onetrain.parallel.param_groups import learning_rate_factor, parameter_groups
 from onetrain.parallel.process_group import Ranks, all_reduce_sum
 
+if TYPE_CHECKING:
+    from onetrain.parallel.snapshot import Snapshot
+
 Batch = TypeVar("Batch")
 LossParts = tuple[Tensor, Tensor | float, dict[str, Tensor]]  # sum of weighted losses, sum of weights, statistics
 
@@ -39,6 +42,8 @@ class StepResult:
     grad_norm: float  # L2 norm of all gradients, before clipping
     learning_rate: float  # of parameters that are not embeddings
     stats: dict[str, Tensor]  # the loss function's statistics, summed over ranks and micro batches; float64 on CPU
+    done: bool = True  # False: this batch was discarded, and nothing is other than before it
+    flagged: bool = False  # whether some rank raised its flag
 
 
 class Engine:
@@ -63,6 +68,8 @@ class Engine:
         self.total_steps = total_steps
         self.mesh = check_options(parallel_options, ranks.world_size, getattr(model, "options", None))
         self.step = 0
+        self.snapshot: Snapshot | None = None  # made by the first save
+        self.at_close: list[Callable[[], None]] = []
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         config = deepspeed_config(parallel_options, self.mesh, n_parameters)
         self._skeleton = _on_meta(model)  # what the model was, to build it whole for evaluation
@@ -101,13 +108,18 @@ class Engine:
         micro_batches: Sequence[Batch],
         loss_fn: Callable[[nn.Module, Batch], LossParts],
         weight_fn: Callable[[Batch], float],
+        accepts: Callable[[float], bool] | None = None,
+        flag: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """One optimizer step over this rank's micro batches (as many on every rank: `mesh.accumulation_steps`).
 
         `weight_fn` gives the sum of target weights of a micro batch before its forward; `loss_fn(module, micro_batch)`
         gives the sum of weighted losses, that same sum of weights, and statistics to add up (same names and shapes on
         every rank). A micro batch without targets must still give a loss that depends on the parameters, times zero.
-        Raises ParallelError, on every rank, when loss or gradient norm is not finite.
+
+        `accepts` judges the loss, alike on every rank: a batch that it refuses, or whose loss or gradient norm is not
+        finite, is discarded. Without it the latter raises ParallelError on every rank. `flag` is what this rank has to
+        tell the others: it costs no collective of its own.
         """
         needed = self.mesh.accumulation_steps
         if len(micro_batches) != needed:
@@ -134,16 +146,23 @@ class Engine:
             if position < len(micro_batches):
                 self.deepspeed.step()  # no update yet: DeepSpeed counts micro batches
 
-        loss_total, weight_total, stats_total = sums.reduced(self.ranks, readers)
+        loss_total, weight_total, stats_total, flagged = sums.reduced(self.ranks, readers, flag())
         loss = loss_total / weight if weight > 0 else 0.0
-        self._check_finite(loss, "loss")
-        if not math.isclose(weight_total, weight, rel_tol=1e-5, abs_tol=1e-6):
+        if math.isfinite(loss) and not math.isclose(weight_total, weight, rel_tol=1e-5, abs_tol=1e-6):
             raise ParallelError(f"Step {self.step}: loss_fn counted weight {weight_total}, weight_fn {weight}.")
-        grad_norm = self._update()
-        if "expert_load" in stats_total:
-            self._balance_experts(stats_total["expert_load"].sum(1))
-        self.step += 1
-        return StepResult(loss, weight, grad_norm, self.optimizer_options.learning_rate * factor, stats_total)
+        if accepts is None:
+            self._check_finite(loss, "loss")
+        refused = not math.isfinite(loss) or (accepts is not None and not accepts(loss))
+        grad_norm = self._discard() if refused else self._update()
+        if accepts is None:
+            self._check_finite(grad_norm, "gradient norm")
+        done = not refused and math.isfinite(grad_norm)
+        if done:
+            if "expert_load" in stats_total:
+                self._balance_experts(stats_total["expert_load"].sum(1))
+            self.step += 1
+        rate = self.optimizer_options.learning_rate * factor
+        return StepResult(loss, weight, grad_norm, rate, stats_total, done, flagged)
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -162,6 +181,11 @@ class Engine:
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the module, and leaves the process groups of tensor and context parallelism."""
+        for close in self.at_close:
+            close()
+        if self.snapshot is not None:
+            self.snapshot.close()
+            self.snapshot = None
         self.deepspeed.destroy()
         if self.unit is not None:
             megatron_groups.stop()
@@ -170,11 +194,13 @@ class Engine:
             self.context_group = None
 
     def _update(self) -> float:
-        """Clips, steps the optimizer and returns the gradient norm before clipping."""
+        """Clips, steps the optimizer and returns the gradient norm before clipping; a norm not finite discards them."""
         if self.zero_stage == 0:
             norm = self._total_norm()
             grad_norm = float(norm)
-            self._check_finite(grad_norm, "gradient norm")
+            if not math.isfinite(grad_norm):
+                self._discard()
+                return grad_norm
             clip = self.options.gradient_clipping
             if clip > 0 and grad_norm > clip:
                 nn.utils.clip_grads_with_norm_(self.trainable, clip, norm)
@@ -182,8 +208,30 @@ class Engine:
         else:
             self.deepspeed.step()  # skips the update when the norm is not finite
             grad_norm = float(self.deepspeed.get_global_grad_norm())
-            self._check_finite(grad_norm, "gradient norm")
+            if self.deepspeed.optimizer.overflow and math.isfinite(grad_norm):  # only for some of its parameters
+                grad_norm = math.inf
         return grad_norm
+
+    def _discard(self) -> float:
+        """Drops this step's gradients and leaves all else as it was, DeepSpeed's count of micro batches included.
+
+        Returns NaN for the norm, which is not computed. ZeRO is told that the norm is infinite: its own way of skipping
+        an update.
+        """
+        if self.zero_stage == 0:
+            self.deepspeed.zero_grad()  # torch's optimizers pass over parameters without gradient
+            self.deepspeed.step()
+            return math.nan
+        zero, infinite = self.deepspeed.optimizer, torch.tensor(math.inf, device=self.ranks.device)
+        name, norm = ("_get_norm_groups", [infinite]) if self.zero_stage == 3 else ("scaled_global_norm", infinite)
+        assert hasattr(zero, name), f"another DeepSpeed: its ZeRO {self.zero_stage} has no {name}"
+        setattr(zero, name, lambda *_: norm)
+        try:
+            self.deepspeed.step()
+        finally:
+            delattr(zero, name)
+        assert zero.overflow, "DeepSpeed has updated the weights from gradients that were to be dropped"
+        return math.nan
 
     def _total_norm(self) -> Tensor:
         """Of all gradients at ZeRO stage 0: what every rank holds counts once, ranks' own experts or parts add up."""
@@ -230,16 +278,18 @@ class _Sums:
             part = torch.as_tensor(value, device=loss_sum.device).detach().double()
             self.parts[name] = self.parts[name] + part if name in self.parts else part
 
-    def reduced(self, ranks: Ranks, readers: int) -> tuple[float, float, dict[str, Tensor]]:
-        """(loss sum, weight sum, statistics) over all samples, each of which `readers` ranks have read."""
-        flat = torch.cat([part.flatten() for part in self.parts.values()])
+    def reduced(self, ranks: Ranks, readers: int, flag: bool) -> tuple[float, float, dict[str, Tensor], bool]:
+        """(loss sum, weight sum, statistics) over all samples, each of which `readers` ranks have read; any flag."""
+        loss_sum = self.parts[""]
+        flat = torch.cat([*(part.flatten() for part in self.parts.values()), loss_sum.new_full((1,), float(flag))])
         if ranks.world_size > 1:
             dist.all_reduce(flat)
             flat /= readers
         sizes = [part.numel() for part in self.parts.values()]
-        loss, weight, *stats = flat.cpu().split(sizes)
+        loss, weight, *stats, flagged = flat.cpu().split([*sizes, 1])
         names = list(self.parts)[2:]
-        return float(loss), float(weight), {n: s.view(self.parts[n].shape) for n, s in zip(names, stats, strict=True)}
+        by_name = {n: s.view(self.parts[n].shape) for n, s in zip(names, stats, strict=True)}
+        return float(loss), float(weight), by_name, bool(flagged > 0)
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

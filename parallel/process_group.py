@@ -4,6 +4,7 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say where a rank runs;
 process is a world of one. Without CUDA the backend is gloo, and DeepSpeed is told so before it is first imported.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed import distributed_c10d
 
 from onetrain.parallel.errors import ParallelError
 
@@ -101,15 +104,29 @@ def barrier(ranks: Ranks) -> None:
     all_reduce_sum([0.0], ranks)
 
 
-def raise_together(error: str | None, ranks: Ranks) -> None:
-    """Raises ParallelError on every rank when any rank brings an error, so that none is left in a collective."""
+def first_error(error: str | None, ranks: Ranks) -> str | None:
+    """The error of the lowest rank that brings one, on every rank."""
     errors: list[str | None] = [error]
     if ranks.world_size > 1:
         errors = [None] * ranks.world_size
         dist.all_gather_object(errors, error)
-    first = next((text for text in errors if text is not None), None)
-    if first is not None:
+    return next((text for text in errors if text is not None), None)
+
+
+def raise_together(error: str | None, ranks: Ranks) -> None:
+    """Raises ParallelError on every rank when any rank brings an error, so that none is left in a collective."""
+    if (first := first_error(error, ranks)) is not None:
         raise ParallelError(first)
+
+
+def collectives() -> dict[str, int]:
+    """Of every process group the collectives that this rank has begun; a rank that hangs is behind, or waits alone."""
+    begun = {}
+    for group in list(distributed_c10d._world.pg_map):
+        name = "world" if group.group_desc == "default_pg" else f"{group.group_name} {group.group_desc}"
+        with contextlib.suppress(RuntimeError):  # a backend that does not count
+            begun[name] = int(group._get_sequence_number_for_group())
+    return begun
 
 
 def _device() -> torch.device:
