@@ -32,13 +32,16 @@ METRICS = ("recall", "ndcg", "hr", "mrr")
 _VARIABLE = re.compile(r"\$(?:(?P<literal>[$~])|\{(?P<name>[^}]*)\})")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_data: bool = True) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, needs_data: bool = True, elsewhere: bool = False
+) -> RunConfig:
     """Read, override, resolve and validate a configuration.
 
     Args:
         path: a YAML file.
         overrides: `a.b=value` each, the value in YAML; they win over the file, the last over the first.
         needs_data: whether data.prepared must be named.
+        elsewhere: the job will run on other machines, so that relative paths of a run are refused.
 
     Raises:
         ConfigError: one line for every problem.
@@ -54,7 +57,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, needs_data: 
     problems = list(dict.fromkeys(problems))  # the overrides were read twice
     if config is None or problems:
         _refuse(str(path), problems)
-    config = _with_absolute_paths(config)
+    given, config = config, _with_absolute_paths(config)
+    if elsewhere and (relative := [*_relative_paths(given, config)]):
+        _refuse(str(path), relative)
     check(config, str(path), needs_data=needs_data)
     return config
 
@@ -75,8 +80,13 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(dump_yaml(_escape(asdict(config))), encoding="utf-8")
+    temporary.write_text(config_text(config), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML, which `load_config` reads back equal."""
+    return dump_yaml(_escape(asdict(config)))
 
 
 def config_difference(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -220,6 +230,16 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         tokenizer=replace(config.tokenizer, array=_absolute(config.tokenizer.array)),
         train=replace(config.train, warm_start=_absolute(config.train.warm_start)),
     )
+
+
+def _relative_paths(given: RunConfig, absolute: RunConfig) -> Iterator[str]:
+    """What a run on other machines cannot use: paths that mean something else there. Preparation's do not count."""
+    for key, path, here in config_difference(given, absolute):
+        if not key.startswith(("data.source.", "tokenizer.")):
+            yield (
+                f"{key}: given {path!r}, which is relative, but the job runs on other machines; give a path that is the "
+                f"same on every node (a shared folder or a URL), for example --set {key}={here}"
+            )
 
 
 def _absolute(path: PathOrNone) -> PathOrNone:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from onetrain.cluster.kubernetes_options import KubernetesOptions
 from onetrain.cluster.options import ClusterOptions
 from onetrain.cluster.recovery_options import RecoveryOptions
 from onetrain.data.options import BatchOptions, DataOptions
@@ -107,6 +108,7 @@ class RunConfig:
     conversion: ConversionOptions = field(default_factory=ConversionOptions)
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    kubernetes: KubernetesOptions = field(default_factory=KubernetesOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     guards: GuardOptions = field(default_factory=GuardOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
