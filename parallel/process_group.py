@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed import distributed_c10d
 
 from onetrain.parallel.errors import ParallelError
 
