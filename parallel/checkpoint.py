@@ -2,33 +2,31 @@
 
 A checkpoint is a folder: `model.safetensors` (parameters in fp32 and persistent buffers), `optimizer.safetensors`
 ("<moment>/<parameter>") and `state.json` (format, step, sizes and xxh3_128 of those files, and the caller's state, such
-as the data cursor). It is written beside its place and renamed, so that a folder that exists is whole.
+as the data cursor). checkpoint_saver.py writes it; here it is verified and read.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Container, Iterable
+from collections.abc import Container
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onetrain.model.ksa.warm_start import Bridge, bridge
+from onetrain.parallel import checkpoint_store
+from onetrain.parallel.checkpoint_saver import FORMAT, MODEL, OPTIMIZER, save_now
+from onetrain.parallel.checkpoint_store import STATE, FolderStore, step_name
 from onetrain.parallel.engine import Engine
-from onetrain.parallel.errors import ParallelError
-from onetrain.parallel.optimizer_state import MOMENTS, VALUE, canonical_shapes, gather, scatter
+from onetrain.parallel.errors import DamagedCheckpointError, ParallelError
+from onetrain.parallel.optimizer_state import MOMENTS, VALUE, canonical_shapes, scatter
 from onetrain.parallel.process_group import raise_together
+from onetrain.parallel.snapshot import persistent_buffers
 
-FORMAT = 1
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-HASH_CHUNK = 1 << 24
 BLEND_TOLERANCE = 1e-6  # fp32 rounding
 SAME = Bridge()  # the checkpoint has the weights of the model
+__all__ = ["MODEL", "OPTIMIZER", "STATE"]
 
 
 def save(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
@@ -37,27 +35,21 @@ def save(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
     `state` is the caller's, as JSON values. Raises ParallelError on every rank when it cannot be written (disk full); a
     checkpoint already in `folder` is then still whole, and nothing half-written is left.
     """
-    full = gather(engine)
-    error = None
-    if engine.ranks.is_main:
-        model = {**full.pop(VALUE), **_persistent_buffers(engine.module)}
-        moments = {f"{kind}/{name}": tensor for kind, tensors in full.items() for name, tensor in tensors.items()}
-        header = {"format": FORMAT, "step": engine.step, "optimizer": engine.optimizer_options.name}
-        try:
-            _write_folder(folder, {MODEL: model, OPTIMIZER: moments}, {**header, "state": state})
-        except (OSError, SafetensorError) as failure:
-            error = f"Cannot write checkpoint {folder}: {failure}. Free space or change storage_path, then resume."
-    raise_together(error, engine.ranks)
+    save_now(engine, FolderStore(folder.parent), folder.name, state)
 
 
-def load(engine: Engine, folder: Path) -> dict[str, Any]:
+def load(engine: Engine, folder: Path, verified: bool = False) -> dict[str, Any]:
     """Restores weights, moments and step exactly, at any ZeRO stage and world size; returns the caller's state.
+
+    Files that rank 0 has just verified are not verified again.
 
     Raises ParallelError on every rank for a damaged file, another optimizer, or parameters that do not match by name
     and shape.
     """
-    header, _ = _checked(engine, folder)
+    header, _ = _checked(engine, folder, verified=verified)
     saved, ours = header["optimizer"], engine.optimizer_options.name
+    if OPTIMIZER not in header["files"]:
+        raise ParallelError(f"Checkpoint {folder} holds weights only: start from it with train.warm_start.")
     if saved != ours:
         raise ParallelError(
             f"Checkpoint {folder} holds the state of optimizer {saved}; this run uses {ours}: "
@@ -104,83 +96,38 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read_header(folder)["state"]
 
 
+def verify(folder: Path) -> str | None:
+    """What is damaged in a checkpoint, or None. Raises ParallelError for one of another format."""
+    try:
+        _check_files(folder, _read_header(folder))
+    except DamagedCheckpointError as error:
+        return str(error)
+    return None
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimizer steps lies."""
-    return checkpoints / f"step_{step:08d}"
+    return checkpoints / step_name(step)
 
 
 def latest(checkpoints: Path) -> Path | None:
     """The checkpoint with the most steps, or None."""
-    return max(_step_folders(checkpoints), default=None)
+    name = FolderStore(checkpoints).latest()
+    return None if name is None else checkpoints / name
 
 
-def prune(checkpoints: Path, keep_last: int, keep: Iterable[str] = ()) -> list[Path]:
-    """Deletes all but the `keep_last` newest step checkpoints and those named in `keep`; returns the deleted."""
-    folders = sorted(_step_folders(checkpoints))
-    kept = {*keep, *(folder.name for folder in folders[max(0, len(folders) - keep_last) :])}
-    deleted = [folder for folder in folders if folder.name not in kept]
-    for folder in deleted:
-        (folder / STATE).unlink()  # first: a half-deleted checkpoint is none
-        shutil.rmtree(folder)
-    return deleted
-
-
-def _step_folders(checkpoints: Path) -> list[Path]:
-    return [path.parent for path in checkpoints.glob(f"step_*/{STATE}")]
-
-
-def _write_folder(folder: Path, files: dict[str, dict[str, Tensor]], header: dict[str, Any]) -> None:
-    temporary = folder.with_name(f".{folder.name}.writing")
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)  # a crash between the two renames below
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        checks = {}
-        for name, tensors in files.items():
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
-            _sync(temporary / name)
-            checks[name] = {"bytes": (temporary / name).stat().st_size, "xxh3_128": _hash(temporary / name)}
-        (temporary / STATE).write_text(json.dumps({**header, "files": checks}, indent=1))
-        _sync(temporary / STATE)
-        _sync(temporary)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _checked(engine: Engine, folder: Path, bridged: bool = False) -> tuple[dict[str, Any], Bridge]:
+def _checked(
+    engine: Engine, folder: Path, bridged: bool = False, verified: bool = False
+) -> tuple[dict[str, Any], Bridge]:
     """The header and how weights cross, on every rank; rank 0 checks the files, every rank the shapes."""
     header, across, error = {}, SAME, None
     try:
         header = _read_header(folder)
-        if engine.ranks.is_main:
+        if engine.ranks.is_main and not verified:
             _check_files(folder, header)
         ours = canonical_shapes(engine)
         if bridged:
-            across = _bridge(folder, {*ours, *_persistent_buffers(engine.module)})
+            across = _bridge(folder, {*ours, *persistent_buffers(engine.module)})
             _check_blends(folder, engine.module)
         _check_shapes(folder, ours, engine.module, across)
     except ParallelError as failure:
@@ -190,28 +137,15 @@ def _checked(engine: Engine, folder: Path, bridged: bool = False) -> tuple[dict[
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    try:
-        header = json.loads((folder / STATE).read_text())
-    except OSError as error:
-        raise ParallelError(f"Cannot read checkpoint {folder}: {error}. Give the folder that holds {STATE}.") from error
-    except ValueError as error:
-        raise ParallelError(f"Checkpoint file {folder / STATE} is damaged: {error}. Use another checkpoint.") from error
+    header = checkpoint_store.read_header(folder)
     if header.get("format") != FORMAT:
         raise ParallelError(f"Checkpoint {folder} has format {header.get('format')}; this version reads {FORMAT}.")
     return header
 
 
 def _check_files(folder: Path, header: dict[str, Any]) -> None:
-    for name, check in header["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else 0
-        if size != check["bytes"]:
-            problem = f"has {size} bytes instead of {check['bytes']}"
-        elif _hash(path) != check["xxh3_128"]:
-            problem = "does not match its checksum"
-        else:
-            continue
-        raise ParallelError(f"Checkpoint file {path} is damaged: it {problem}. Use another checkpoint.")
+    if problem := checkpoint_store.damage(folder, header):
+        raise DamagedCheckpointError(f"Checkpoint {folder} is damaged: {problem}. Use another checkpoint.")
 
 
 def _bridge(folder: Path, ours: set[str]) -> Bridge:
@@ -231,7 +165,7 @@ def _bridge(folder: Path, ours: set[str]) -> Bridge:
 
 def _check_blends(folder: Path, module: nn.Module) -> None:
     """What the configuration says of projections that both have, the checkpoint must say too: it would win silently."""
-    ours = {name: float(value) for name, value in _persistent_buffers(module).items() if name.endswith(".blend")}
+    ours = {name: float(value) for name, value in persistent_buffers(module).items() if name.endswith(".blend")}
     with safe_open(folder / MODEL, "pt") as file:
         names = set(file.keys()) & set(ours)
         saved = {name: float(file.get_tensor(name)) for name in names}
@@ -248,11 +182,13 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(folder / MODEL, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ParallelError(f"Checkpoint file {folder / MODEL} is damaged: {error}. Use another checkpoint.") from error
+        raise DamagedCheckpointError(
+            f"Checkpoint file {folder / MODEL} is damaged: {error}. Use another checkpoint."
+        ) from error
 
 
 def _check_shapes(folder: Path, ours: dict[str, tuple[int, ...]], module: nn.Module, across: Bridge = SAME) -> None:
-    ours = {**ours, **{name: tuple(buffer.shape) for name, buffer in _persistent_buffers(module).items()}}
+    ours = {**ours, **{name: tuple(buffer.shape) for name, buffer in persistent_buffers(module).items()}}
     saved = _saved_shapes(folder)
     made = across.kept | across.copies.keys()
     problems = [f"{name} is missing" for name in ours if name not in saved and name not in made]
@@ -268,11 +204,13 @@ def _check_shapes(folder: Path, ours: dict[str, tuple[int, ...]], module: nn.Mod
 
 
 def _restore(engine: Engine, folder: Path, kinds: tuple[str, ...], across: Bridge = SAME) -> None:
-    with safe_open(folder / MODEL, "pt") as model, safe_open(folder / OPTIMIZER, "pt") as optimizer:
+    with ExitStack() as files:
+        model = files.enter_context(safe_open(folder / MODEL, "pt"))
+        optimizer = files.enter_context(safe_open(folder / OPTIMIZER, "pt")) if kinds != (VALUE,) else None
 
         def read(kind: str, name: str) -> Tensor:
             source = across.copies.get(name, name)
-            return model.get_tensor(source) if kind == VALUE else optimizer.get_tensor(f"{kind}/{source}")
+            return optimizer.get_tensor(f"{kind}/{source}") if optimizer and kind != VALUE else model.get_tensor(source)
 
         scatter(engine, read, kinds, across.kept)
         _restore_buffers(engine.module, model, across.kept)
@@ -280,11 +218,6 @@ def _restore(engine: Engine, folder: Path, kinds: tuple[str, ...], across: Bridg
 
 def _restore_buffers(module: nn.Module, file: Any, keep: Container[str] = ()) -> None:
     with torch.no_grad():
-        for name, buffer in _persistent_buffers(module).items():
+        for name, buffer in persistent_buffers(module).items():
             if name not in keep:
                 buffer.copy_(file.get_tensor(name))
-
-
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in state}

@@ -1,7 +1,11 @@
-"""The one exception of the room `parallel`."""
+"""The exceptions of the room `parallel`."""
 
 
 class ParallelError(Exception):
     """A parallel layout, collective or checkpoint that cannot work; says what is wrong, where, and what to do."""
 
     exit_code = 4
+
+
+class DamagedCheckpointError(ParallelError):
+    """Files of a checkpoint are missing, cut off or changed; another checkpoint may be whole."""

@@ -133,7 +133,7 @@ def gather(engine: Engine, kinds: tuple[str, ...] | None = None) -> dict[str, di
     wanted = (VALUE, *MOMENTS[engine.optimizer_options.name]) if kinds is None else kinds
     full: dict[str, dict[str, Tensor]] = {kind: {} for kind in wanted}
     local_shape, shape = shapes(engine), canonical_shapes(engine)
-    placements = _placements_of_ranks(engine)
+    placements = placements_of_ranks(engine)
     for flat in flats(engine):
         # parts of a parameter are gathered from the ranks that share it; what every rank has, rank 0 has
         shared = any(piece.name in engine.placements for piece in flat.pieces)
@@ -146,7 +146,7 @@ def gather(engine: Engine, kinds: tuple[str, ...] | None = None) -> dict[str, di
             )
             if not engine.ranks.is_main:
                 continue
-            for name, ranks in _holders(flat, engine, len(parts)).items():
+            for name, ranks in holders(flat, engine, len(parts)).items():
                 for members in ranks:
                     placement = placements[members[0]].get(name, Placement(name))
                     local = _joined(flat, name, [parts[rank] for rank in members], local_shape[name])
@@ -156,7 +156,7 @@ def gather(engine: Engine, kinds: tuple[str, ...] | None = None) -> dict[str, di
     if VALUE in wanted:
         with frozen_parameters(engine) as frozen:
             if engine.ranks.is_main:
-                full[VALUE].update({name: _frozen_value(engine, name, p).clone() for name, p in frozen.items()})
+                full[VALUE].update({name: frozen_value(engine, name, p).clone() for name, p in frozen.items()})
     return full
 
 
@@ -174,7 +174,7 @@ def _partition(engine: Engine, name: str, rank: int) -> int:
     return place // (mesh.expert_parallel if name in engine.expert_names else 1)
 
 
-def _placements_of_ranks(engine: Engine) -> list[dict[str, Placement]]:
+def placements_of_ranks(engine: Engine) -> list[dict[str, Placement]]:
     """Every rank's placements, on rank 0; its own of each rank elsewhere."""
     world = engine.ranks.world_size
     if not engine.placements or world == 1:
@@ -184,7 +184,7 @@ def _placements_of_ranks(engine: Engine) -> list[dict[str, Placement]]:
     return received or [engine.placements] * world
 
 
-def _holders(flat: Flat, engine: Engine, ranks: int) -> dict[str, list[list[int]]]:
+def holders(flat: Flat, engine: Engine, ranks: int) -> dict[str, list[list[int]]]:
     """For every parameter of a flat tensor, the lists of ranks that together hold a rank's whole part of it.
 
     Ranks of a list are in the order of the partitions. Ranks that hold the same part again are left out.
@@ -253,7 +253,7 @@ def frozen_parameters(engine: Engine) -> Iterator[dict[str, nn.Parameter]]:
         yield frozen
 
 
-def _frozen_value(engine: Engine, name: str, parameter: nn.Parameter) -> Tensor:
+def frozen_value(engine: Engine, name: str, parameter: nn.Parameter) -> Tensor:
     """In fp32 on the CPU, also where the model computes in bf16."""
     return engine.frozen_values.get(name, parameter.detach().float().cpu())
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onetrain.parallel import process_group
-from onetrain.parallel.checkpoint import latest, load, load_weights, prune, read_state, save, step_folder
+from onetrain.parallel.checkpoint import latest, load, load_weights, read_state, save, step_folder
+from onetrain.parallel.checkpoint_store import FolderStore
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.optimizer_state import gather
@@ -308,8 +309,8 @@ def test_latest_and_prune(alone: Ranks, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "best")
     (step_folder(tmp_path, 300)).mkdir()  # without state.json it is no checkpoint
     assert latest(tmp_path) == step_folder(tmp_path, 200)
-    deleted = prune(tmp_path, 2, {"step_00000020"})
-    assert [path.name for path in deleted] == ["step_00000010", "step_00000030"]
+    store = FolderStore(tmp_path)
+    assert store.prune(2, {"step_00000020"}) == ["step_00000010", "step_00000030"]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["best", "step_00000020", "step_00000100", "step_00000200", "step_00000300"]
-    assert prune(tmp_path, 0, {"step_00000100"}) == [step_folder(tmp_path, 20), step_folder(tmp_path, 200)]
+    assert store.prune(0, {"step_00000100"}) == ["step_00000020", "step_00000200"]
