@@ -127,14 +127,19 @@ class SidMap:
             )
 
 
-def _files(folder: str, options: StreamOptions | None) -> tuple[dict[str, Any], Path]:
-    """The map's description, and the local file of its tensors. DataError when there is no map."""
+def described(folder: str, options: StreamOptions | None = None) -> dict[str, Any]:
+    """What sids.json in `folder` says, contents unread. DataError when there is no map."""
     store = open_store(folder, options)
     try:
         text = (store.folder / DESCRIPTION).read_bytes() if isinstance(store, LocalStore) else store.read(DESCRIPTION)
     except FileNotFoundError:
         raise DataError(f"no SID map in {folder} ({DESCRIPTION} is missing); run `onetrain tokenize` first") from None
-    description = json.loads(text)
+    return dict(json.loads(text))
+
+
+def _files(folder: str, options: StreamOptions | None) -> tuple[dict[str, Any], Path]:
+    """The map's description, and the local file of its tensors. DataError when there is no map."""
+    store, description = open_store(folder, options), described(folder, options)
     if isinstance(store, LocalStore):
         return description, store.folder / TENSORS
     return description, store.copy(TENSORS, str(description["fingerprint"]))

@@ -26,7 +26,6 @@ from onetrain.data.versions import newest_version, open_version, version_folder
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.environment import package_version
 from onetrain.launcher.options import RunConfig
-from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.errors import ParallelError
 
 TESTED_PYTHON = (3, 11)
@@ -68,11 +67,11 @@ def checks(config: RunConfig | None = None, quick: bool = False) -> list[Check]:
     found = [_python(), _libraries(), _device(config), _gloo()]
     if not quick:
         found += [_deepspeed(), _ray(config.cluster if config else None)]
-    found += [_shared_memory(), _open_files(), _clock()]
-    found += _folders([Path.cwd()] if config is None else [run_folder(config), *_local(config.data.prepared)])
+    found += [shared_memory(), _open_files(), _clock()]
+    found += folders([Path.cwd()] if config is None else [run_folder(config), *_local(config.data.prepared)])
     found.append(_wandb(config.tracking.wandb if config else "auto"))
     if config is not None:
-        found += [_mesh(config), _threads(config), *_prepared_data(config, quick)]
+        found += [_mesh(config), _threads(config), *prepared_data(config, quick)]
     return found
 
 
@@ -180,7 +179,8 @@ def _ray(wanted: ClusterOptions | None) -> Check:
     return Check("ray", "ok", detail)
 
 
-def _shared_memory() -> Check:
+def shared_memory() -> Check:
+    """Room in /dev/shm, which Ray and NCCL use."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Check("shared memory", "warn", f"there is no {folder}", "Ray uses /tmp instead, which is slower")
@@ -208,9 +208,9 @@ def _clock() -> Check:
     return Check("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
-def _folders(folders: list[Path]) -> Iterator[Check]:
-    """Whether each folder can be written or made, and how much room it has."""
-    for folder in folders:
+def folders(paths: list[Path], least: int = LEAST_DISK) -> Iterator[Check]:
+    """Whether each folder can be written or made, and whether it has room for `least` bytes."""
+    for folder in paths:
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         name = f"folder {folder}"
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -221,8 +221,9 @@ def _folders(folders: list[Path]) -> Iterator[Check]:
         free = shutil.disk_usage(there).free
         detail = f"writable, {free / GIB:.1f} GiB free"
         fix = "free some space, or change storage_path / data.prepared"
-        if free < LEAST_DISK:
-            yield Check(name, "fail", detail, fix)
+        if free < least:
+            needed = f"; {least / GIB:.1f} are needed" if least > LEAST_DISK else ""
+            yield Check(name, "fail", detail + needed, fix)
         elif free < GOOD_DISK:
             yield Check(name, "warn", detail, fix)
         else:
@@ -248,6 +249,8 @@ def _wandb(mode: str) -> Check:
 
 
 def _mesh(config: RunConfig) -> Check:
+    from onetrain.parallel.deepspeed_config import check_options  # late, because it takes seconds
+
     try:
         mesh = check_options(config.parallel, config.cluster.workers, config.model)
     except ParallelError as error:
@@ -275,7 +278,7 @@ def _local(folder: str) -> list[Path]:
     return [] if is_remote(folder) else [local_folder(folder)]
 
 
-def _prepared_data(config: RunConfig, quick: bool) -> Iterator[Check]:
+def prepared_data(config: RunConfig, quick: bool) -> Iterator[Check]:
     """Files of every version by size (and checksum unless `quick`), and the SID map by its fingerprint."""
     folder = config.data.prepared
     if not file_exists(folder, MANIFEST):
