@@ -1,6 +1,7 @@
-"""Which checkpoints a run keeps: the newest few, and the best by validation.
+"""Where a run's checkpoints are, and which of them is the best by validation.
 
-<run>/checkpoints/step_00000040/ holds one; <run>/best.json names the best one.
+<run>/checkpoints/step_00000040/ holds one, unless train.checkpoint_path names another place; <run>/best.json names the
+best one.
 """
 
 import json
@@ -8,8 +9,10 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from onetrain.launcher.config import run_folder
 from onetrain.launcher.errors import ConfigError
-from onetrain.parallel.checkpoint import latest, step_folder
+from onetrain.launcher.options import RunConfig
+from onetrain.parallel.checkpoint_store import CheckpointStore, FolderStore, open_checkpoint, open_store, step_name
 
 
 @dataclass(frozen=True)
@@ -27,34 +30,37 @@ class Best:
         os.replace(temporary, run / "best.json")
 
 
-def folder_of_checkpoints(run: Path) -> Path:
+def run_store(config: RunConfig) -> CheckpointStore:
     """Where a run keeps its checkpoints."""
-    return run / "checkpoints"
+    place = config.train.checkpoint_path
+    return FolderStore(run_folder(config) / "checkpoints") if place is None else open_store(place, config.stream.cache)
 
 
-def load_best(run: Path) -> Best | None:
+def load_best(run: Path, store: CheckpointStore | None = None) -> Best | None:
     """The best validation of a run whose checkpoint is still there, or None."""
     path = run / "best.json"
     if not path.exists():
         return None
     best = Best(**json.loads(path.read_text(encoding="utf-8")))
-    return best if step_folder(folder_of_checkpoints(run), best.step).exists() else None
+    store = store or FolderStore(run / "checkpoints")
+    return best if store.exists(step_name(best.step)) else None
 
 
-def find_checkpoint(run: Path, which: str) -> Path:
-    """The folder that "best" (the newest, if no validation was made), "latest" or a path means.
+def find_checkpoint(run: Path, which: str, store: CheckpointStore | None = None) -> Path:
+    """The local folder of what "best" (the newest, if no validation was made), "latest", a path or a URL means.
 
+    `store` is where the run keeps its checkpoints, <run>/checkpoints unless told; what lies elsewhere is copied here.
     Raises ConfigError if it is not there.
     """
-    folder: Path | None
+    store = store or FolderStore(run / "checkpoints")
     if which in ("best", "latest"):
-        best = load_best(run) if which == "best" else None
-        checkpoints = folder_of_checkpoints(run)
-        folder = step_folder(checkpoints, best.step) if best else latest(checkpoints)
-        if folder is None:
-            raise ConfigError(f"{checkpoints} holds no checkpoint. Run `onetrain train` first, or give a folder.")
-        return folder
-    folder = Path(which)
-    if not (folder / "state.json").exists():
-        raise ConfigError(f"{folder} is no checkpoint: it has no state.json. Give best, latest, or a step_... folder.")
-    return folder
+        best = load_best(run, store) if which == "best" else None
+        name = step_name(best.step) if best else store.latest()
+        if name is None:
+            place = store.where("").rstrip("/")
+            raise ConfigError(f"{place} holds no checkpoint. Run `onetrain train` first, or give a folder.")
+        return store.fetch(name)
+    store, name = open_checkpoint(which)
+    if not store.exists(name):
+        raise ConfigError(f"{which} is no checkpoint: it has no state.json. Give best, latest, or a step_... folder.")
+    return store.fetch(name)

@@ -228,7 +228,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         stream=replace(config.stream, cache=_absolute(config.stream.cache), mixture=mixture),
         data=replace(config.data, prepared=_absolute(config.data.prepared), source=source),
         tokenizer=replace(config.tokenizer, array=_absolute(config.tokenizer.array)),
-        train=replace(config.train, warm_start=_absolute(config.train.warm_start)),
+        train=replace(
+            config.train,
+            warm_start=_absolute(config.train.warm_start),
+            checkpoint_path=_absolute(config.train.checkpoint_path),
+        ),
     )
 
 
@@ -280,6 +284,7 @@ def _problems(config: RunConfig, needs_data: bool) -> Iterator[str]:
         ("evaluate_every", 0),
         ("checkpoint_every", 0),
         ("keep_last", 1),
+        ("keep_every", 0),
     ):
         if getattr(train, key) < least:
             yield f"train.{key}: given {getattr(train, key)}, expected at least {least}"

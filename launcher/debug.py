@@ -42,7 +42,9 @@ def debug(config: RunConfig, steps: int, overfit: bool) -> None:
         name="debug",
         parallel=_for_one_rank(config),
         storage_path=str(run_folder(config)),
-        train=dataclasses.replace(config.train, log_every=1, steps=max(config.train.steps, steps)),
+        train=dataclasses.replace(
+            config.train, log_every=1, steps=max(config.train.steps, steps), checkpoint_path=None
+        ),
         evaluation=dataclasses.replace(config.evaluation, max_users=VALIDATED_USERS),
         tracking=dataclasses.replace(config.tracking, wandb="disabled"),
         stream=dataclasses.replace(config.stream, service=ServiceOptions()),

@@ -20,7 +20,7 @@ from onetrain.data.floors import FLOORS, Floors
 from onetrain.data.samples import Sample, Split
 from onetrain.data.shards import read_items
 from onetrain.data.simulate import read_oracle
-from onetrain.launcher.checkpoints import find_checkpoint
+from onetrain.launcher.checkpoints import find_checkpoint, run_store
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.evaluator import Evaluator, Progress, Ranker, SubsetMetrics
 from onetrain.launcher.job import PreparedData, build_model
@@ -72,7 +72,7 @@ def evaluate(
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     data = PreparedData.open(config)
-    folder = find_checkpoint(run_folder(config), checkpoint)
+    folder = find_checkpoint(run_folder(config), checkpoint, run_store(config))
     state = checkpoints.read_state(folder)
     data.check_sids(state, folder)
     ranks = process_group.start(config.parallel.collective_timeout_s)

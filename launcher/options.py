@@ -21,7 +21,10 @@ class TrainOptions:
     log_every: int = 10
     evaluate_every: int = 0  # steps between validations; 0 = only at the end
     checkpoint_every: int = 500  # steps between checkpoints; 0 = only at validations and at the end
+    async_checkpoints: bool = True  # written while training goes on
+    checkpoint_path: str | None = None  # folder or fsspec URL of this run's checkpoints; None = <run>/checkpoints
     keep_last: int = 2  # checkpoints kept beside the best
+    keep_every: int = 0  # steps; checkpoints at multiples of it stay for good; 0 = none
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the run's newest checkpoint
     warm_start: str | None = None  # checkpoint folder whose weights (not optimizer, step or cursor) start this run
     deterministic: bool = True

@@ -1,5 +1,6 @@
 """The checkpoints of one run, as the training loop uses them: restore, save, keep the best, prune."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,15 +8,22 @@ from typing import Any
 
 from onetrain.data.cursor import Cursor
 from onetrain.launcher import conversion
-from onetrain.launcher.checkpoints import Best, folder_of_checkpoints, load_best
+from onetrain.launcher.checkpoints import Best, load_best, run_store
 from onetrain.launcher.config import run_folder
+from onetrain.launcher.console import print_warning
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.job import PreparedData
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.resume import check_model, check_order, read_cursor
 from onetrain.parallel import checkpoint as checkpoints
+from onetrain.parallel.checkpoint_saver import CheckpointSaver, SaveOutcome
+from onetrain.parallel.checkpoint_store import CheckpointStore, open_checkpoint, step_name
 from onetrain.parallel.engine import Engine
-from onetrain.parallel.process_group import Ranks
+from onetrain.parallel.errors import DamagedCheckpointError, ParallelError
+from onetrain.parallel.param_groups import learning_rate_factor
+from onetrain.parallel.process_group import Ranks, broadcast_object, raise_together
+
+DROPOUT = "a step's generator: xxh3_64 of seed/step/data rank"  # `_step_seed` of train.py; no generator is saved
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,18 @@ class Restored:
     """What a run goes on from."""
 
     cursor: Cursor
-    state: dict[str, Any]  # the loop's own, as `RunCheckpoints.save` got it and more
+    state: dict[str, Any]  # as `RunCheckpoints.save` wrote it, what the loop added included
     path: Path
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What rank 0 has found in the store."""
+
+    names: list[str]
+    whole: str | None = None  # the newest whole one
+    damaged: tuple[tuple[str, str], ...] = ()  # newer than that, with their problems
+    error: str | None = None
 
 
 def _nowhere(**_: Any) -> None:
@@ -46,75 +64,208 @@ class RunCheckpoints:
         self.config, self.ranks, self.engine, self.data = config, ranks, engine, data
         self.say, self.record = say, record
         self.run = run_folder(config)
-        self.folder = folder_of_checkpoints(self.run)
+        self.store = run_store(config)
+        self.saver = CheckpointSaver(engine, self.store)
         self.best: Best | None = None
-        self._saved = False  # since the last pruning
+        self._best_on_disk: Best | None = None  # what best.json says
+        self._saved: set[int] = set()  # steps of the checkpoints that this attempt has written
+        self._pruning: threading.Thread | None = None
+        engine.at_close.append(self._close)
 
     def restore(self, order: Callable[[Cursor], dict[str, Any]]) -> Restored | None:
-        """Goes on from the newest checkpoint, or starts from train.warm_start; every rank takes part.
+        """Goes on from the newest whole checkpoint, or starts from train.warm_start; every rank takes part.
 
         `order` describes the order of samples at a cursor. None for a run that begins. Raises ConfigError for a
-        checkpoint that this configuration cannot go on from.
+        checkpoint that this configuration cannot go on from, ParallelError where all of them are damaged.
         """
-        newest = checkpoints.latest(self.folder)
-        if newest is None:
+        found = self._find()
+        if not found.names:
             self._warm_start()
             return None
-        if self.config.train.resume == "never":
-            raise ConfigError(
-                f"{self.folder} holds checkpoints of an earlier run, and train.resume is never. Choose another "
-                "name, remove that folder, or set train.resume to auto."
+        if found.whole is None:
+            problems = "; ".join(problem for _, problem in found.damaged) or "all of them were found damaged before"
+            raise ParallelError(
+                f"No checkpoint of this run is whole: {problems}. To begin anew, remove {', '.join(found.names)} in "
+                f"{self._place()}, or choose another name."
             )
-        state = checkpoints.read_state(newest)
-        self.data.check_sids(state, newest)
-        cursor = read_cursor(state["cursor"], newest)
-        check_order(state["order"], order(cursor), newest)
-        check_model(state["config"], self.config, newest)
-        checkpoints.load(self.engine, newest)
-        self.say(f"going on from {newest}: step {self.engine.step}, {cursor.position} samples consumed")
+        folder = _fetch(self.store, found.whole, self.ranks)
+        state = checkpoints.read_state(folder)
+        self._check_run(state)
+        self.data.check_sids(state, folder)
+        cursor = read_cursor(state["cursor"], folder)
+        check_order(state["order"], order(cursor), folder)
+        check_model(state["config"], self.config, folder)
+        checkpoints.load(self.engine, folder, verified=True)
+        if self.ranks.is_main:
+            self._set_aside(found)
+        where = self.store.where(found.whole)
+        self.say(f"going on from {where}: step {self.engine.step}, {cursor.position} samples consumed")
         if self.engine.step > 0:
-            self.best = load_best(self.run)
-        return Restored(cursor, state, newest)
+            self.best = self._best_on_disk = broadcast_object(
+                load_best(self.run, self.store) if self.ranks.is_main else None, self.ranks
+            )
+        return Restored(cursor, state, folder)
 
     def save(self, cursor: Cursor, order: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Saves the state after the engine's step; every rank takes part. `extra`: further state of the loop."""
+        """Saves the state after the engine's step; every rank takes part. `extra`: further state of the loop.
+
+        A save that fails is told by `poll`; raises ParallelError after three in a row.
+        """
+        engine, options = self.engine, self.config.optimizer
+        rate = options.learning_rate * learning_rate_factor(engine.step, engine.total_steps, options)
         state = {
-            "step": self.engine.step,
+            "step": engine.step,
             "cursor": cursor.as_json(),
             **self.data.fingerprints(),
             "order": order,
+            "rng": {"seed": self.config.seed, "dropout": DROPOUT},
+            "learning_rate": rate,  # of the next step
             "config": asdict(self.config),
             **extra,
         }
-        checkpoints.save(self.engine, checkpoints.step_folder(self.folder, self.engine.step), state)
-        self._saved = True
+        self.saver.save(step_name(engine.step), state, "async" if self.config.train.async_checkpoints else "sync")
 
     def found(self, step: int, metric: str, value: float) -> bool:
-        """Takes note of a validation at `step`, whose checkpoint is saved already; whether it is the best so far."""
+        """Takes note of a validation at `step`, whose checkpoint `save` has got; whether it is the best so far.
+
+        best.json follows when that checkpoint is on the disk.
+        """
         if self.best is not None and self.best.metric == metric and value <= self.best.value:
             return False
         self.best = Best(step, metric, value)
-        if self.ranks.is_main:
-            self.best.save(self.run)
+        self._name_best()
         return True
 
     def poll(self) -> None:
-        """At every step: takes up what saves in the background have done, and prunes."""
-        if self._saved and self.ranks.is_main:
-            keep = {checkpoints.step_folder(self.folder, self.best.step).name} if self.best else set()
-            checkpoints.prune(self.folder, self.config.train.keep_last, keep)
-        self._saved = False
+        """At every step: takes up what saves in the background have done, and prunes. Cheap."""
+        outcomes = self.saver.outcomes()
+        if not self.ranks.is_main:
+            return
+        for outcome in outcomes:
+            self._take_up(outcome)
+        self._name_best()
+        if any(outcome.problem is None for outcome in outcomes):
+            self._prune()
 
     def finish(self) -> None:
         """Waits for the save under way; every rank takes part. Raises ParallelError where the newest save failed."""
+        try:
+            self.saver.finish()
+        finally:
+            self.poll()
+            self._wait_for_pruning()
+
+    def _close(self) -> None:
+        self.saver.close()
         self.poll()
+        self._wait_for_pruning()
+
+    def _take_up(self, outcome: SaveOutcome) -> None:
+        if outcome.problem is None:
+            self._saved.add(outcome.step)
+            told = {name: value for name, value in asdict(outcome).items() if name != "problem"}
+            self.record(kind="checkpoint", **told)
+            return
+        print_warning(f"{outcome.problem} Training goes on, and the next checkpoint is tried again.")
+        self.record(kind="checkpoint_failed", step=outcome.step, problem=outcome.problem)
+        if self.best is not None and self.best.step == outcome.step:
+            self.best = self._best_on_disk
+
+    def _name_best(self) -> None:
+        new = self.best if self.best != self._best_on_disk else None
+        if self.ranks.is_main and new is not None and new.step in self._saved:
+            new.save(self.run)
+            self._best_on_disk = new
+
+    def _prune(self) -> None:
+        """In a thread: large files take their time, other storage even more."""
+        self._wait_for_pruning()
+        keep = {step_name(best.step) for best in (self.best, self._best_on_disk) if best is not None}
+        self._pruning = threading.Thread(target=self._prune_now, args=(keep,), name="prune", daemon=True)
+        self._pruning.start()
+
+    def _prune_now(self, keep: set[str]) -> None:
+        try:
+            self.store.prune(self.config.train.keep_last, keep, self.config.train.keep_every)
+        except (OSError, ParallelError) as error:
+            print_warning(f"old checkpoints in {self._place()} cannot be deleted: {error}")
+
+    def _wait_for_pruning(self) -> None:
+        if self._pruning is not None:
+            self._pruning.join()
+            self._pruning = None
+
+    def _place(self) -> str:
+        return self.store.where("").rstrip("/")
+
+    def _find(self) -> _Found:
+        """Rank 0 looks, from the newest to the oldest, and the others hear of it."""
+        found = None
+        if self.ranks.is_main:
+            try:
+                found = self._look()
+            except ParallelError as error:  # storage that does not answer, a format of another version
+                found = _Found([], error=str(error))
+        result: _Found = broadcast_object(found, self.ranks)
+        if result.error is not None:
+            raise ParallelError(result.error)
+        if result.names and self.config.train.resume == "never":
+            raise ConfigError(
+                f"{self._place()} holds checkpoints of an earlier run, and train.resume is never. Choose another "
+                "name, remove that folder, or set train.resume to auto."
+            )
+        return result
+
+    def _look(self) -> _Found:
+        names = self.store.candidates()
+        damaged: list[tuple[str, str]] = []
+        for name in reversed(names if self.config.train.resume == "auto" else []):
+            try:
+                problem = checkpoints.verify(self.store.fetch(name))
+            except DamagedCheckpointError as error:
+                problem = str(error)
+            if problem is None:
+                return _Found(names, name, tuple(damaged))
+            damaged.append((name, problem))
+        return _Found([*names, *self.store.damaged()], None, tuple(damaged))
+
+    def _set_aside(self, found: _Found) -> None:
+        """Damaged checkpoints must not be found again; only once it is sure that the run goes on from another."""
+        assert found.whole is not None
+        used = self.store.where(found.whole)
+        for name, problem in found.damaged:
+            aside = self.store.set_aside(name)
+            print_warning(f"{problem} It is called {aside} now; going on from {used} instead.")
+            self.record(kind="fallback", damaged=self.store.where(name), problem=problem, used=used)
+
+    def _check_run(self, state: dict[str, Any]) -> None:
+        """Two runs that were given one place would delete each other's checkpoints."""
+        owner = state["config"].get("name", self.config.name)
+        if self.config.train.checkpoint_path is not None and owner != self.config.name:
+            raise ConfigError(
+                f"train.checkpoint_path: {self._place()} holds the checkpoints of the run {owner}, and this one is "
+                f"{self.config.name}. Give every run a place of its own, or start from that one with train.warm_start."
+            )
 
     def _warm_start(self) -> None:
         if self.config.train.warm_start is None:
             return
-        source = Path(self.config.train.warm_start)
-        state = checkpoints.read_state(source)
-        self.data.check_sids(state, source)
+        source = self.config.train.warm_start
+        store, name = open_checkpoint(source, self.config.stream.cache)
+        folder = _fetch(store, name, self.ranks)
+        state = checkpoints.read_state(folder)
+        self.data.check_sids(state, folder)
         conversion.check_source(self.config, state["config"])
-        differences = checkpoints.start_from(self.engine, source).describe()
+        differences = checkpoints.start_from(self.engine, folder).describe()
         self.say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
+
+
+def _fetch(store: CheckpointStore, name: str, ranks: Ranks) -> Path:
+    """A local copy for every rank; ParallelError on all of them where one gets none."""
+    folder, error = Path(), None
+    try:
+        folder = store.fetch(name)
+    except ParallelError as failure:
+        error = str(failure)
+    raise_together(error, ranks)
+    return folder
