@@ -73,8 +73,11 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def night(folder: Path, device: str = "NVIDIA H100 80GB HBM3", nasty: str = "") -> History:
-    """A run of three attempts with experts: one node lost, one hang, then finished. `nasty` is put into free texts."""
+def night(folder: Path, device: str = "NVIDIA H100 80GB HBM3", nasty: str = "", going: bool = False) -> History:
+    """A run of three attempts with experts: one node lost, one hang, then finished, or in step 1150 if it is `going`.
+
+    `nasty` is put into every free text.
+    """
     chance = random.Random(0)
     history, metrics, done = History(), [], 0
     history.event("supervisor_started", pid=4242, node="10.0.0.1", restarted=False, workers=8, sizes=[2, 4, 6, 8])
@@ -102,7 +105,7 @@ def night(folder: Path, device: str = "NVIDIA H100 80GB HBM3", nasty: str = "") 
         history.event("ranks_running", attempt=number, seconds=9.0)
         pace = 3.2 * 8 / world
         first = True
-        while done < until:
+        while done < (1150 if going and number == 3 else until):
             done += 10
             label = "recompute" if done <= furthest else "compute"
             seconds = {"start_up": 31.0} if first else {}
@@ -142,6 +145,8 @@ def night(folder: Path, device: str = "NVIDIA H100 80GB HBM3", nasty: str = "") 
                         "requests": 5000,
                     }
                 )
+        if kind == "finished" and going:
+            continue
         if kind == "finished":
             history.entry("end", outcome="finished", step=done)
             history.spend("shut_down", 3.0)
