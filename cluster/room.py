@@ -4,18 +4,13 @@ import time
 from collections.abc import Callable, Container
 
 import ray
-from ray._private import worker as ray_worker
 from ray._private.state import available_resources_per_node  # the only source of free resources by node
 
+from onetrain.cluster.nodes import draining_nodes
 from onetrain.cluster.options import ClusterOptions
 
 SETTLE_S = 5.0  # how long fewer free resources than the nodes have are waited for: a dead attempt gives back late
 POLL_S = 0.5
-
-
-def draining_nodes() -> set[str]:
-    """Ids of nodes that Ray was told will be taken away."""
-    return set(ray_worker.global_worker.gcs_client.get_draining_nodes())
 
 
 def workers_that_fit(options: ClusterOptions, free: bool, without: Container[str] = ()) -> int:

@@ -22,14 +22,14 @@ from onetrain.cluster.failures import Ending, ending_of
 from onetrain.cluster.hang_report import write_report
 from onetrain.cluster.job import Job, Say
 from onetrain.cluster.node_agent import NodeAgents
-from onetrain.cluster.room import draining_nodes, largest, wait_for_room, workers_that_fit
+from onetrain.cluster.nodes import answers, draining_nodes
+from onetrain.cluster.room import largest, wait_for_room, workers_that_fit
 from onetrain.cluster.watch import RankView, Verdict
 from onetrain.cluster.worker_group import WorkerGroup
 
 NODES_S = 3.0  # between two looks for nodes that will be taken away
 HEARTBEATS_S = 2.0  # between two versions of heartbeats.json
-ANSWER_S = 2.0  # for a node that may be dead
-SUSPECT_S = 60.0  # a node that fell silent does not count for so long, unless its agent answers
+SUSPECT_S = 60.0  # Ray finds a dead node in less
 
 
 class Supervisor:
@@ -225,15 +225,12 @@ class Supervisor:
         return bool(going)
 
     def _silent_nodes(self) -> set[str]:
-        """Nodes that fell silent with a rank and that neither Ray nor their agent has told of since."""
-        now, alive = time.monotonic(), self.agents.alive_nodes()
+        """Nodes that were lost and have not answered since."""
+        now = time.monotonic()
         for node, since in list(self._suspects.items()):
-            if node not in alive or now - since > SUSPECT_S or self._answers(node):
+            if now - since > SUSPECT_S or answers(node):
                 del self._suspects[node]
         return set(self._suspects)
-
-    def _answers(self, node: str) -> bool:
-        return isinstance(self.agents.run_on([node], time.time, timeout_s=ANSWER_S)[node], float)
 
     def _note_a_lost_supervisor(self) -> None:
         """End in the log what a supervisor before this one had begun and could not end."""

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from onetrain.cluster.beacon import DRAIN, STOP
 from onetrain.cluster.errors import ClusterError, LostWorkerError
 from onetrain.cluster.local_ray import ray_session
+from onetrain.cluster.nodes import answers
 from onetrain.cluster.options import ClusterOptions
 from onetrain.cluster.recovery_options import RecoveryOptions
 from onetrain.cluster.watch import RankView, Verdict, Watch
@@ -259,19 +260,18 @@ class WorkerGroup:
                 f"the worker of rank {rank} on node {self.nodes[rank]} (pid {pid}) died; the others were "
                 f"stopped. Ray says: {reason}"
             )
-            node_lost = any(node["NodeID"] == node_id and not node["Alive"] for node in ray.nodes())
             preempted = bool(getattr(error, "preempted", False))
-            return LostWorkerError(message, rank, self.nodes[rank], node_lost, preempted)
+            return LostWorkerError(message, rank, self.nodes[rank], not answers(node_id), preempted)
 
     def _gone(self, views: list[RankView]) -> LostWorkerError | None:
-        """The first rank that has neither ended nor shown itself of late: with its node, if that has nobody else."""
+        """The first rank that has neither ended nor shown itself of late."""
         limit = SILENT_BEATS * self._recovery.heartbeat_s
         silent = {view.rank: view.age_s for view in views if view.age_s is not None and view.age_s > limit}
         if not silent:
             return None
         rank = min(silent)
         node_id, pid = self.processes[rank]
-        node_lost = all(other in silent for other, (node, _) in self.processes.items() if node == node_id)
+        node_lost = not answers(node_id)
         what = f"node {self.nodes[rank]}, with rank {rank}," if node_lost else f"rank {rank} on node {self.nodes[rank]}"
         message = (
             f"{what} (pid {pid}) has not shown itself for {silent[rank]:.0f} s, and the other ranks lost it; they were "
