@@ -157,7 +157,9 @@ def _readable(stack: str) -> str:
             continue
         kept.append("\n".join([re.sub(r"^Thread (0x)?[0-9a-fA-F]+ ", "Thread ", lines[0]), *lines[1:]]))
     if hidden:
-        kept.append(f"({hidden} threads that only wait are not shown)")
+        kept.append(
+            f"({hidden} thread{'s' if hidden > 1 else ''} that only wait{'' if hidden > 1 else 's'}: not shown)"
+        )
     return "\n".join(kept) or stack
 
 

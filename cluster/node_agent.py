@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import ray
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER_S = 30.0  # the longest that anybody waits for all nodes together
@@ -29,6 +29,7 @@ PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = -1
 
 Processes = dict[int, tuple[str, int]]  # rank -> (Ray node id, pid)
+Calls = dict[str, tuple[str, tuple[Any, ...]]]  # Ray node id -> (method, arguments)
 
 
 def allow_tracing() -> None:
@@ -119,11 +120,19 @@ class NodeAgents:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(agent)
 
-    def _ask(self, calls: dict[str, tuple[str, tuple[Any, ...]]], timeout_s: float) -> dict[str, Any]:
+    def _ask(self, calls: Calls, timeout_s: float) -> dict[str, Any]:
         """Call a method of each node's agent; its answer, or the exception, for each node id.
 
-        An agent that is gone or does not answer is dropped, so that the next call makes a new one.
+        An agent that is gone or does not answer is dropped, so that the next call makes a new one. One that had gone
+        before this call is asked again as a new one.
         """
+        deadline = time.monotonic() + timeout_s
+        known = set(self._agents)
+        answers = self._ask_once(calls, timeout_s)
+        again = {node: calls[node] for node in known & calls.keys() if isinstance(answers[node], RayActorError)}
+        return answers | self._ask_once(again, max(deadline - time.monotonic(), 0.0))
+
+    def _ask_once(self, calls: Calls, timeout_s: float) -> dict[str, Any]:
         refs = {node: getattr(self.get(node), method).remote(*args) for node, (method, args) in calls.items()}
         ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
         answers: dict[str, Any] = {}
