@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from onetrain.launcher import cli_run, cli_watch
+from onetrain.launcher import cli_checkpoint, cli_run, cli_watch
 from onetrain.launcher.cli_arguments import AddressOption, ConfigArgument, SetOption, cluster_overrides
 from onetrain.launcher.cli_submit import submit
 from onetrain.launcher.config import load_config, run_folder
@@ -298,6 +298,7 @@ def doctor(
 app.command(epilog="Example: `onetrain stop configs/demo.yaml --address auto`")(cli_run.stop)
 app.command(epilog="Example: `onetrain status configs/demo.yaml`")(cli_watch.status)
 app.command(epilog="Example: `onetrain report runs/demo --output demo.html`")(cli_watch.report)
+app.add_typer(cli_checkpoint.app)
 app.command(epilog="Example: `onetrain submit configs/demo.yaml --address http://head:8265`")(submit)
 
 

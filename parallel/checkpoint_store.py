@@ -101,6 +101,10 @@ class CheckpointStore(ABC):
     def set_aside(self, name: str) -> str:
         """Renames a damaged checkpoint, so that it is none any more; what it is called now."""
 
+    @abstractmethod
+    def problem(self, name: str) -> str | None:
+        """What is wrong with the sizes of a checkpoint's files; quick."""
+
     def exists(self, name: str) -> bool:
         """Whether there is such a checkpoint."""
         return name in self.names()
@@ -151,6 +155,10 @@ class FolderStore(CheckpointStore):
     def header(self, name: str) -> dict[str, Any]:
         """The content of state.json."""
         return read_header(self.folder / name)
+
+    def problem(self, name: str) -> str | None:
+        """By the sizes of the files."""
+        return damage(self.folder / name, self.header(name), contents=False)
 
     def fetch(self, name: str) -> Path:
         """A local folder with the checkpoint."""
@@ -237,6 +245,14 @@ class RemoteStore(CheckpointStore):
             return bytes(self.system.cat_file(self._at(f"{name}/{STATE}")))
 
         return parse_header(self._patiently("read", f"{name}/{STATE}", read), self.where(name))
+
+    def problem(self, name: str) -> str | None:
+        """By the sizes of the files."""
+        for file, check in self.header(name)["files"].items():
+            size = self._size(f"{name}/{file}") if self._there(f"{name}/{file}") else 0
+            if size != check["bytes"]:
+                return f"{file} has {size} bytes instead of {check['bytes']}"
+        return None
 
     def fetch(self, name: str) -> Path:
         """A local folder with the checkpoint."""
