@@ -51,6 +51,8 @@ class RunStatus:
     folder: str
     state: str  # of the supervisor; "alone" without one, "silent" when nothing is heard of a run that should go on
     headline: str
+    alive: bool  # it goes on, as far as its files tell
+    phase: str  # of rank 0
     attempt: int | None
     world_size: int | None
     wanted: int | None
@@ -93,7 +95,10 @@ class StatusReader:
         heartbeats = read_heartbeats(self.folder, float(last.get("time", 0)))
         last_entry = None if not last or last.get("kind") == "end" else float(last["time"])
         alive = is_alive(heartbeats, last_entry, recovery, now)
-        found = self._time(events, ledger, now if alive else None, heartbeats, now)
+        phase = next((str(rank.get("phase")) for rank in heartbeats.get("ranks", [])), "step")
+        if self._goodput is None or now - self._goodput[0] >= GOODPUT_EVERY_S:
+            self._goodput = now, goodput(events, ledger, now if alive else None, phase)
+        found = self._goodput[1]
         state, headline = _state(heartbeats, last, alive, now)
         train = [record for record in metrics if record.get("kind") == "train"]
         newest = train[-1] if train else {}
@@ -105,6 +110,8 @@ class StatusReader:
             folder=str(self.folder),
             state=state,
             headline=headline,
+            alive=alive,
+            phase=phase,
             attempt=heartbeats.get("attempt") or last.get("attempt"),
             world_size=heartbeats.get("world_size") or _world_size(ledger),
             wanted=heartbeats.get("wanted"),
@@ -122,19 +129,6 @@ class StatusReader:
             ranks=ranks,
             events=tuple((float(event["time"]), event_text(event)) for event in events[-LAST_EVENTS:]),
         )
-
-    def _time(
-        self,
-        events: Sequence[Mapping[str, Any]],
-        ledger: Sequence[Mapping[str, Any]],
-        until: float | None,
-        heartbeats: dict[str, Any],
-        now: float,
-    ) -> Goodput:
-        if self._goodput is None or now - self._goodput[0] >= GOODPUT_EVERY_S:
-            phases = [str(rank.get("phase")) for rank in heartbeats.get("ranks", [])]
-            self._goodput = now, goodput(events, ledger, until, phases[0] if phases else "step")
-        return self._goodput[1]
 
 
 def _state(heartbeats: dict[str, Any], last: Mapping[str, Any], alive: bool, now: float) -> tuple[str, str]:
