@@ -26,6 +26,7 @@ from onetrain.data.prepare import prepare
 from onetrain.data.samples import SampleIndex
 from onetrain.data.steps import StepBuilder
 from onetrain.data.stream import LocalStream, Step
+from onetrain.launcher.batch_loss import loss_of_batch
 from onetrain.launcher.config import load_config
 from onetrain.launcher.console import print_message, print_table
 from onetrain.launcher.environment import environment
@@ -33,7 +34,6 @@ from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_n
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.stream import stream_spec
 from onetrain.launcher.tokenize import tokenize
-from onetrain.launcher.train import loss_of_batch
 from onetrain.model.moe import Router, routers
 from onetrain.parallel import process_group
 from onetrain.parallel.engine import Engine

@@ -12,13 +12,14 @@ from onetrain.data.cursor import Cursor
 from onetrain.data.steps import StepBuilder
 from onetrain.data.stream_options import ServiceOptions
 from onetrain.launcher import conversion
+from onetrain.launcher.batch_loss import loss_of_batch
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_message
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.job import PreparedData, build_model, set_numerics
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.stream import stream_spec
-from onetrain.launcher.train import loss_of_batch, train
+from onetrain.launcher.train import train
 from onetrain.model.features import module_key
 from onetrain.model.lifelong import read_counts
 from onetrain.parallel.deepspeed_config import check_options

@@ -1,5 +1,6 @@
 """What a run ran on: versions, git commit, machine and device. Saved with every run, so that it can be repeated."""
 
+import json
 import os
 import platform
 import socket
@@ -47,6 +48,13 @@ def environment() -> dict[str, Any]:
         "device": _device(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def save_environment(run: Path, details: dict[str, Any]) -> None:
+    """Write <run>/environment.json, atomically: the environment, and further details of the attempt."""
+    temporary = run / f".environment.json.{os.getpid()}"
+    temporary.write_text(json.dumps({**environment(), **details}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, run / "environment.json")
 
 
 def package_version(name: str) -> str | None:

@@ -2,8 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -26,8 +25,12 @@ from onetrain.parallel.process_group import all_reduce_sum
 class Meter:
     """Sums since the last report; `report` is a collective of all ranks."""
 
-    def __init__(self, config: RunConfig, vocabulary: Vocabulary, engine: Engine) -> None:
+    def __init__(
+        self, config: RunConfig, vocabulary: Vocabulary, engine: Engine, stood_still: Callable[[], float]
+    ) -> None:
+        """`stood_still`: seconds until now that do not count as training, for checkpoints and validations."""
         self.config, self.vocabulary, self.ranks = config, vocabulary, engine.ranks
+        self.stood_still = stood_still
         self.readers = engine.mesh.replica_ranks  # each counts the samples that all of them read
         sparse = config.model.moe.experts > 0
         self.routers = RouterMetrics(config, engine.mesh, routers(engine.module)) if sparse else None
@@ -38,10 +41,18 @@ class Meter:
         self._steps_since_first = 0
         self._reset()
 
-    @contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        """Times one optimizer step, and counts what it works on."""
-        yield
+    @property
+    def begun(self) -> bool:
+        """Whether a step has been done."""
+        return self._first_step_done is not None
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last report."""
+        return len(self._results)
+
+    def add(self, step: Step, result: StepResult) -> None:
+        """One optimizer step that was done: what it worked on, and its outcome."""
         self._data.add(step)
         ksa = self.config.model.ksa
         for batch in step.micro_batches:
@@ -54,16 +65,6 @@ class Meter:
                 self._work[name] = total([self._work[name], *(stack_work(length, ksa[name]) for length in lengths)])
             self._samples += batch.rows
             self._micro_batches += 1
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that does not count as training: validation, checkpoints."""
-        started = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - started
-
-    def add(self, result: StepResult) -> None:
-        """The outcome of the step just done."""
         self._results.append(result)
         if self.routers is not None:
             self.routers.add(result.stats)
@@ -75,7 +76,8 @@ class Meter:
 
     def report(self) -> dict[str, float]:
         """Means since the last report, over all ranks; starts the next interval. Warns of experts that have died."""
-        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        paused = self.stood_still() - self._stood_still_before
+        seconds = max(time.perf_counter() - self._started - paused, 1e-9)
         names = list(self.vocabulary.pathways)
         local = [self._targets, self._positions, self._samples, self._micro_batches, *(self._events[n] for n in names)]
         of_stacks = [count for work in self._work.values() for count in work]
@@ -174,7 +176,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
-        self._paused = 0.0
+        self._stood_still_before = self.stood_still()
         self._targets = self._positions = self._samples = self._micro_batches = 0
         self._events: Counter[str] = Counter()
         self._work = dict.fromkeys(stacks(self.config.model, self.vocabulary), StackWork())

@@ -1,4 +1,7 @@
-"""What checkpoint and configuration must have in common for a run to go on: the order of samples, and the network."""
+"""What checkpoint and configuration must have in common for a run to go on: the order of samples, and the network.
+
+What else has changed is told.
+"""
 
 import json
 from dataclasses import asdict
@@ -7,6 +10,8 @@ from typing import Any
 
 from onetrain.data.cursor import Cursor
 from onetrain.data.options import PathwayOptions
+from onetrain.launcher.config import config_difference, load_config, save_config
+from onetrain.launcher.console import print_warning
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
 from onetrain.model.options import ContrastiveOptions, KSAOptions, ModelOptions, MoEOptions, MTPOptions
@@ -68,6 +73,18 @@ def check_model(saved: Json, config: RunConfig, checkpoint: Path) -> None:
             f"Checkpoint {checkpoint} cannot go on: it holds the weights of another network ({'; '.join(changed)}). "
             "Restore that, or start another run (name), from its weights with train.warm_start if they fit."
         )
+
+
+def keep_config(config: RunConfig, run: Path, resumed: bool) -> None:
+    """Write <run>/config.yaml; warns of what is other than before in a run that goes on."""
+    path = run / "config.yaml"
+    if resumed and path.exists():
+        try:
+            for key, old, new in config_difference(load_config(path), config):
+                print_warning(f"resumed with {key} = {new}; it was {old}")
+        except ConfigError as error:
+            print_warning(f"cannot tell what changed since the run was started; an older version wrote {error}")
+    save_config(config, path)
 
 
 def _network(config: Json) -> Json:

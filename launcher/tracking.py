@@ -1,7 +1,11 @@
 """Where a run's numbers go: metrics.jsonl always, wandb on top. Only rank 0 writes.
 
-metrics.jsonl holds one JSON object a line: `step` (optimizer steps done), `time` (Unix seconds), `kind` ("train",
-"valid", "table", ...) and the metrics. NaN and infinity, which JSON lacks, are written as null.
+metrics.jsonl holds one JSON object a line: `step` (optimizer steps done), `time` (Unix seconds), `attempt`, `kind`
+("train", "valid", "table", ...) and the metrics. NaN and infinity, which JSON lacks, are written as null.
+
+A later attempt cuts off what it will write again. wandb cannot take a value back, so it gets a step only once a
+checkpoint keeps it: both have one value per step, and the same. Where a run goes back further than what wandb has got
+(its newest checkpoint was damaged or deleted), the history that is left goes on in a new wandb run.
 """
 
 import json
@@ -9,7 +13,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +23,8 @@ from onetrain.launcher.console import print_message, print_warning
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
 
-RESERVED = ("step", "time", "kind")
+RESERVED = ("step", "time", "attempt", "kind")
+RUN_ID, SENT = "wandb_run_id", "wandb_sent"  # files: the wandb run, and the highest step that it has got
 WANDB_TIMEOUT_S = 30  # to reach the server
 
 
@@ -35,57 +40,74 @@ class Tracker:
         start_step: the step of the checkpoint that this process goes on from. Records of later steps, written by an
             attempt that died, are cut off, so that the file keeps one value per step. 0 is a new start: the file is
             emptied. None adds to a run that is over, such as a later evaluation's table.
+        attempt: number of this attempt at the run.
 
     Raises:
         ConfigError: tracking.wandb is online and wandb cannot start.
     """
 
-    def __init__(self, config: RunConfig, run_dir: str | Path, is_main: bool, start_step: int | None = 0) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: str | Path, is_main: bool, start_step: int | None = 0, attempt: int = 1
+    ) -> None:
         self._is_main = is_main
         self._wandb: Any = None
         if not is_main:
             return
-        folder = Path(run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if start_step is not None:
-            cut_records(path, start_step)
+        self._folder, self._attempt, self._over = Path(run_dir), attempt, start_step is None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "metrics.jsonl"
+        kept = [] if start_step is None else cut_records(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(config, folder, new=start_step is not None)
+        self._held: list[dict[str, Any]] = []  # records that no checkpoint keeps yet
+        self._kept = start_step or 0  # up to this step records may be sent
+        self._sent = _sent_step(self._folder)
+        behind = start_step is not None and self._sent > start_step
+        if behind and config.tracking.wandb != "disabled":
+            print_message(f"wandb has steps up to {self._sent}: the history up to step {start_step} gets a new run")
+        if behind:
+            (self._folder / RUN_ID).unlink(missing_ok=True)
+            self._remember_sent(0)
+        self._wandb = _start_wandb(config, self._folder, new=start_step is not None)
+        sent = self._sent  # less than what is kept where the process died between a checkpoint and its records
+        for record in kept:
+            if record["step"] > sent:
+                self._send(record)
 
     def log(self, step: int, metrics: Mapping[str, Any], kind: str = "train") -> None:
         """Record numbers of one step.
 
         Raises:
-            ValueError: a metric is called step, time or kind.
+            ValueError: a metric is called step, time, attempt or kind.
         """
         if reserved := [name for name in RESERVED if name in metrics]:
             raise ValueError(f"a metric cannot be called {reserved[0]}: every record has a field of that name")
-        if not self._is_main:
-            return
-        numbers = {name: _number(value) for name, value in metrics.items()}
-        self._write({"step": step, "time": round(time.time(), 3), "kind": kind, **numbers})
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
+        if self._is_main:
+            self._add(step, kind, {name: _number(value) for name, value in metrics.items()})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Record a table that belongs to the state after `step` steps."""
+        if self._is_main:
+            cells = [[_number(value) for value in row] for row in rows]
+            self._add(step, "table", {"name": name, "columns": list(columns), "rows": cells})
+
+    def kept(self, step: int) -> None:
+        """A checkpoint keeps the run up to `step`: wandb may have what was recorded until there."""
         if not self._is_main:
             return
-        cells: list[Iterable[Any]] = [[_number(value) for value in row] for row in rows]
-        record = {"step": step, "time": round(time.time(), 3), "kind": "table", "name": name}
-        self._write({**record, "columns": list(columns), "rows": cells})
-        if self._wandb is not None:
-            import wandb
-
-            table = wandb.Table(columns=list(columns), data=cells, allow_mixed_types=True)
-            self._wandb.log({name: table})
+        while self._held and self._held[0]["step"] <= step:
+            self._send(self._held.pop(0))
+        self._kept = max(self._kept, step)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the records; an `exit_code` other than 0 marks the wandb run as failed. Calling it twice is harmless."""
+        """End the records; an `exit_code` other than 0 marks the wandb run as failed, 0 says that everything is saved.
+
+        Calling it twice is harmless.
+        """
         if not self._is_main or self._file.closed:
             return
         self._file.close()
+        for record in self._held if exit_code == 0 else []:
+            self._send(record)
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
 
@@ -97,29 +119,66 @@ class Tracker:
     ) -> None:
         self.close(0 if error is None else getattr(error, "exit_code", 1))
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _add(self, step: int, kind: str, fields: dict[str, Any]) -> None:
+        record = {"step": step, "time": round(time.time(), 3), "attempt": self._attempt, "kind": kind, **fields}
         line = json.dumps({key: _finite(value) for key, value in record.items()}, ensure_ascii=False, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+        if self._over or step <= self._kept:
+            self._send(record)
+        else:
+            self._held.append(record)
+
+    def _send(self, record: dict[str, Any]) -> None:
+        """One record to wandb, which takes steps in rising order only."""
+        if self._wandb is None:
+            return
+        if record["kind"] == "table":
+            import wandb
+
+            table = wandb.Table(columns=record["columns"], data=record["rows"], allow_mixed_types=True)
+            self._wandb.log({record["name"]: table})
+            return
+        self._remember_sent(max(self._sent, record["step"]))  # first: a crash must not leave wandb ahead of it
+        values = {f"{record['kind']}/{name}": value for name, value in record.items() if name not in RESERVED}
+        values = {name: value for name, value in values.items() if value is not None}
+        self._wandb.log({**values, "attempt": record.get("attempt", 1)}, step=record["step"])
+
+    def _remember_sent(self, step: int) -> None:
+        if step == self._sent:
+            return
+        temporary = self._folder / f".{SENT}.{os.getpid()}"
+        temporary.write_text(f"{step}\n", encoding="utf-8")
+        os.replace(temporary, self._folder / SENT)
+        self._sent = step
 
 
-def cut_records(path: Path, start_step: int) -> None:
-    """Keep the records up to `start_step`, none if it is 0. The file is replaced atomically."""
+def _sent_step(folder: Path) -> int:
+    path = folder / SENT
+    return int(path.read_text(encoding="utf-8")) if path.exists() else 0
+
+
+def cut_records(path: Path, start_step: int) -> list[dict[str, Any]]:
+    """Keep the records up to `start_step`, none if it is 0, and return them. The file is replaced atomically."""
     if not path.exists():
-        return
+        return []
     kept: list[str] = []
+    records: list[dict[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                step = json.loads(line)["step"]
+                record = json.loads(line)
+                step = record["step"]
             except (ValueError, KeyError, TypeError):  # the process died while it wrote this line
                 print_warning(f"{path}, line {number}: dropped an incomplete record")
                 continue
             if step <= start_step and start_step > 0:
                 kept.append(line)
+                records.append(record)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+    return records
 
 
 def _number(value: Any) -> Any:
@@ -185,7 +244,7 @@ def _init_wandb(config: RunConfig, folder: Path, new: bool, mode: Literal["onlin
 
 def _run_id(config: RunConfig, folder: Path, new: bool) -> str:
     """Made once for a run folder; a run that never resumes gets a new one at each start."""
-    path = folder / "wandb_run_id"
+    path = folder / RUN_ID
     if (config.train.resume == "auto" or not new) and path.exists():
         return path.read_text(encoding="utf-8").strip()
     name = uuid.uuid4().hex[:8]

@@ -3,56 +3,60 @@ where it runs; `onetrain debug`, the Ray worker group and torchrun all call it.
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import xxhash
-from torch import nn
 
+from onetrain.cluster.beacon import BEACON, DRAIN, AttemptEnded
 from onetrain.data.batch import Batch
 from onetrain.data.cursor import Cursor
 from onetrain.data.steps import StepBuilder
 from onetrain.data.stream import Step
 from onetrain.launcher import conversion
-from onetrain.launcher.config import config_difference, load_config, run_folder, save_config
-from onetrain.launcher.console import print_message, print_warning
-from onetrain.launcher.environment import environment
-from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.batch_loss import as_decoder, loss_of_batch
+from onetrain.launcher.config import run_folder
+from onetrain.launcher.console import print_message
+from onetrain.launcher.environment import save_environment
 from onetrain.launcher.evaluator import SUBSETS, Evaluator
-from onetrain.launcher.job import PreparedData, build_model, model_inputs, set_numerics
+from onetrain.launcher.guards import Guards
+from onetrain.launcher.job import PreparedData, build_model, set_numerics
+from onetrain.launcher.ledger import Ledger
 from onetrain.launcher.lifelong import check_kernels, stack_lines
 from onetrain.launcher.meter import Meter
-from onetrain.launcher.options import RunConfig
+from onetrain.launcher.options import GuardOptions, RunConfig
+from onetrain.launcher.resume import keep_config
 from onetrain.launcher.saving import RunCheckpoints
 from onetrain.launcher.stream import grown, newest_versions, open_stream, sample_order, stream_spec
 from onetrain.launcher.tracking import Tracker
-from onetrain.model.decoder import SidDecoder
-from onetrain.model.ksa.conversion import distillation_loss
-from onetrain.model.loss import LossParts, training_loss
-from onetrain.model.options import ConversionOptions
+from onetrain.model.loss import LossParts
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
-from onetrain.parallel.engine import Engine
+from onetrain.parallel.engine import Engine, StepResult
 from onetrain.parallel.optimizer_state import canonical_shapes
-from onetrain.parallel.process_group import Ranks, all_reduce_max, broadcast_object
+from onetrain.parallel.process_group import Ranks, all_reduce_max, broadcast_object, first_error
 
 
 def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = False) -> dict[str, float]:
     """Train to `train.steps`, going on from the run's newest checkpoint; returns the last metrics.
 
     `stop_after` ends the run after so many optimizer steps of the whole schedule; `overfit` trains on the first global
-    batch again and again. Raises ConfigError, DataError or ParallelError, where it can before the first step.
+    batch again and again. Raises ConfigError, DataError or ParallelError, where it can before the first step, and
+    AttemptEnded where the same command goes on from what was saved.
     """
+    ledger = Ledger()
     ranks = process_group.start(config.parallel.collective_timeout_s)
+    BEACON.collectives = process_group.collectives
     try:
         check_options(config.parallel, ranks.world_size, config.model)  # before data are read and a model is built
         check_kernels(config.model, ranks.device)
         set_numerics(config)
-        with _Run(config, ranks, overfit) as run:
+        ledger.open(run_folder(config), ranks.is_main)
+        with _Run(config, ranks, ledger, overfit) as run:
             return run.train(min(config.train.steps, stop_after or config.train.steps))
     finally:
         process_group.stop()
@@ -61,9 +65,10 @@ def train(config: RunConfig, *, stop_after: int | None = None, overfit: bool = F
 class _Run:
     """One attempt at a run, on one rank."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, overfit: bool) -> None:
-        self.config, self.ranks, self.overfit = config, ranks, overfit
+    def __init__(self, config: RunConfig, ranks: Ranks, ledger: Ledger, overfit: bool) -> None:
+        self.config, self.ranks, self.ledger, self.overfit = config, ranks, ledger, overfit
         self.folder = run_folder(config)
+        ledger.enter("build")
         self.data = PreparedData.open(config)
         self.data.builder(config)  # refuses features and pathways that the data lack
         model = build_model(config, self.data)
@@ -72,22 +77,30 @@ class _Run:
         self.data_rank = self.engine.mesh.data_rank(ranks.rank)
         spec = stream_spec(config, self.data, self.engine.mesh)
         self.steps = StepBuilder(broadcast_object(spec if ranks.is_main else None, ranks))  # equal to the last bit
-        self.checkpoints = RunCheckpoints(config, ranks, self.engine, self.data, self._say)
+        ledger.enter("restore")
+        self.checkpoints = RunCheckpoints(config, ranks, self.engine, self.data, self._say, self._record)
         restored = self.checkpoints.restore(self._order)
         self.cursor = Cursor() if restored is None else restored.cursor
+        losses = [] if restored is None else restored.state.get("losses", [])
+        self.guards = Guards(GuardOptions() if overfit else config.guards, ranks, self.folder, ledger, losses)
         self._look_for_growth()
+        ledger.enter("build", self.engine.step, self.cursor.position)
         self.stream = open_stream(config, self.steps, self.data_rank, self._say)
         self.evaluator = Evaluator(self.data, config, "valid")
-        self.meter = Meter(config, self.data.vocabulary(config), self.engine)
+        self.meter = Meter(config, self.data.vocabulary(config), self.engine, ledger.stood_still)
+        self.validated = self.engine.step  # the last step that was
         self.tracker = self._start_records()
 
     def __enter__(self) -> "_Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        outcome = "finished" if error is None else error.kind if isinstance(error, AttemptEnded) else "failed"
+        self.ledger.enter("end")
         self.stream.close()
-        self.tracker.close(0 if error is None else getattr(error, "exit_code", 1))
-        self.engine.close()
+        self.engine.close()  # a save under way may still end
+        self.ledger.end(outcome, self.engine.step, self.cursor.position)
+        self.tracker.close(0 if outcome in ("finished", "drained") else getattr(error, "exit_code", 1))
 
     def train(self, last_step: int) -> dict[str, float]:
         """Optimizer steps up to `last_step`, with logs, validations and checkpoints on the way."""
@@ -97,29 +110,38 @@ class _Run:
         if self.engine.step >= last_step:
             self._say(f"nothing left to do: {self.engine.step} steps are done, and {last_step} were asked for")
         for step in self._steps():
-            with self.meter.step(step):
-                conversion.before_step(self.engine.module, self.config.conversion, self.engine.step)
-                torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.data_rank))
-                result = self.engine.train_step(step.micro_batches, self._loss_of(step), lambda batch: batch.weight)
-            self.cursor = step.cursor
+            result = self._compute(step)
+            if result.done:
+                self.guards.add(result.loss)
+                self.meter.add(step, result)
+                self.cursor = step.cursor
+            else:
+                self._leave_out(step, result)
             number, final = self.engine.step, self.engine.step == self.last_step
-            self.meter.add(result)
-            if number % options.log_every == 0 or final:
-                metrics = {"step": number, **self.meter.report()}
-                blend = conversion.blend_of_step(self.config.conversion, number - 1)
-                metrics |= {} if blend is None else {"conversion_blend": blend}
-                self.tracker.log(number, {name: value for name, value in metrics.items() if name != "step"})
-                self._say(self.meter.line(number, self.last_step, metrics))
-            validated = final or (options.evaluate_every > 0 and number % options.evaluate_every == 0)
-            if validated or (options.checkpoint_every > 0 and number % options.checkpoint_every == 0):
+            if not result.done and (not final or number == 0):
+                continue
+            drained = result.flagged and not final
+            logged = final or number % options.log_every == 0
+            if logged and self.meter.steps:
+                metrics = self._log()
+            validated = (final or _due(number, options.evaluate_every)) and number > self.validated
+            if final or validated or drained or _due(number, options.checkpoint_every):
                 self._save()
-                if validated:
-                    metrics |= self._validate()
+            if drained:
+                self.checkpoints.finish()  # before a validation that may be due too: time may be short
+            if validated:
+                metrics |= self._validate()
             self.checkpoints.poll()
+            self.ledger.note(number, self.cursor.position, now=logged)
+            if drained:
+                self._end_drained()
+        self.ledger.enter("checkpoint", self.engine.step, self.cursor.position)
         self.checkpoints.finish()
         return metrics
 
     def _steps(self) -> Iterator[Step]:
+        """What to train on, until the last step is done; the phase is data_wait while it is fetched."""
+        self._wait_for_data()
         if self.overfit:
             (only,) = self.stream.steps(1, self.cursor.at(0))
             while self.engine.step < self.last_step:
@@ -129,10 +151,46 @@ class _Run:
         while (count := self.last_step - self.engine.step) > 0:
             with contextlib.closing(self.stream.steps(count, self.cursor)) as steps:
                 for step in steps:
+                    if self.cursor.position in self.guards.left_out:
+                        self.cursor = step.cursor
+                        continue
                     yield step
+                    self._wait_for_data()
                     if watch and self.engine.step % watch == 0 and self._look_for_growth():
                         self.last_step = self._within_order(self.wanted_step)
                         break  # what was built ahead belongs to the order as it was
+
+    def _wait_for_data(self) -> None:
+        self.ledger.enter("data_wait", self.engine.step, self.cursor.position)
+
+    def _compute(self, step: Step) -> StepResult:
+        """Forward, backward and update; the update only if the guards let it be made."""
+        self.ledger.enter("step" if self.meter.begun else "first_step", self.engine.step, self.cursor.position)
+        conversion.before_step(self.engine.module, self.config.conversion, self.engine.step)
+        torch.manual_seed(_step_seed(self.config.seed, self.engine.step, self.data_rank))
+        loss = self._loss_of(step)
+        return self.engine.train_step(step.micro_batches, loss, _weight, self.guards.accepts, _drain_wanted)
+
+    def _leave_out(self, step: Step, result: StepResult) -> None:
+        """The batch has not changed the weights, and no later attempt sees it; raises where the policy is another."""
+        why = self.guards.refuse(result, self.engine.step, self.cursor, self.steps)
+        self._say(f"{why}; the batch is left out")
+        self.cursor = step.cursor
+        self.last_step = self._within_order(self.wanted_step)
+
+    def _log(self) -> dict[str, float]:
+        number = self.engine.step
+        metrics = {**self.meter.report(), "goodput": self.ledger.goodput()}
+        blend = conversion.blend_of_step(self.config.conversion, number - 1)
+        metrics |= {} if blend is None else {"conversion_blend": blend}
+        self.tracker.log(number, metrics)
+        self._say(self.meter.line(number, self.last_step, metrics))
+        return {"step": number, **metrics}
+
+    def _end_drained(self) -> NoReturn:
+        """All is saved; some rank was asked to end the attempt, and every rank says why."""
+        why = first_error(BEACON.wish()[1] or None, self.ranks) or "asked to"
+        raise AttemptEnded("drained", why, self.engine.step)
 
     def _look_for_growth(self) -> bool:
         """Take up versions that were appended to the sources: from this cursor on, on every rank. Whether there are."""
@@ -147,7 +205,10 @@ class _Run:
     def _within_order(self, last_step: int) -> int:
         """The last step there are samples for."""
         left = self.steps.steps_left(self.cursor)
-        if left is None or self.engine.step + left >= last_step:
+        if left is None:
+            return last_step
+        left -= self.guards.ahead(self.cursor.position, self.config.parallel.global_batch_size)
+        if self.engine.step + left >= last_step:
             return last_step
         self._say(f"the order of time ends after step {self.engine.step + left}, before step {last_step}")
         return self.engine.step + left
@@ -165,11 +226,8 @@ class _Run:
 
     def _start_records(self) -> Tracker:
         if self.ranks.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._warn_of_changes()
-            save_config(self.config, self.folder / "config.yaml")
-            details = {**environment(), "world_size": self.ranks.world_size, **self.data.fingerprints()}
-            (self.folder / "environment.json").write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+            keep_config(self.config, self.folder, resumed=self.engine.step > 0)
+            save_environment(self.folder, {"world_size": self.ranks.world_size, **self.data.fingerprints()})
         parameters = sum(math.prod(shape) for shape in canonical_shapes(self.engine).values())
         self._say(
             f"{self.config.name}: {parameters:,} parameters, {self.steps.sources.size:,} training samples, "
@@ -178,24 +236,15 @@ class _Run:
         )
         for line in stack_lines(self.config.model, self.data.vocabulary(self.config), self.ranks.device):
             self._say(line)
-        return Tracker(self.config, self.folder, self.ranks.is_main, self.engine.step)
-
-    def _warn_of_changes(self) -> None:
-        before = self.folder / "config.yaml"
-        if self.engine.step == 0 or not before.exists():
-            return
-        try:
-            old_config = load_config(before)
-        except ConfigError as error:
-            print_warning(f"cannot tell what changed since the run was started; an older version wrote {error}")
-            return
-        for key, old, new in config_difference(old_config, self.config):
-            print_warning(f"resumed with {key} = {new}; it was {old}")
+        self.ledger.start(self.ranks.world_size, self.engine.step)
+        return Tracker(self.config, self.folder, self.ranks.is_main, self.engine.step, self.ledger.attempt)
 
     def _validate(self) -> dict[str, float]:
         """Ranking metrics of the validation split on all ranks; names the best checkpoint, which is saved already."""
         options = self.config.evaluation
-        with self.meter.pause(), self.engine.gathered() as module:
+        self.validated = self.engine.step
+        self.ledger.enter("validation", self.engine.step, self.cursor.position)
+        with self.engine.gathered() as module:
             module.eval()
             ranker = self.evaluator.model_ranker(as_decoder(module), self.ranks.device)
             result = self.evaluator.run(ranker, self.ranks, options.max_users)[SUBSETS[0]]
@@ -208,35 +257,32 @@ class _Run:
         return {f"valid_{name}": number for name, number in result.means.items()}
 
     def _save(self) -> None:
-        with self.meter.pause():
-            self.checkpoints.save(self.cursor, self._order(self.cursor), {})
+        self.ledger.enter("checkpoint", self.engine.step, self.cursor.position)
+        self.checkpoints.save(self.cursor, self._order(self.cursor), self.guards.state())
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        """What became of checkpoints; wandb gets what they keep."""
+        self.ledger.record(kind, **fields)
+        if kind == "checkpoint":
+            self.tracker.kept(fields["step"])
 
     def _say(self, message: str) -> None:
         if self.ranks.is_main:
             print_message(message)
 
 
-def loss_of_batch(
-    module: nn.Module,
-    batch: Batch,
-    device: torch.device,
-    chunk: int | None = None,
-    most_targets: int = 0,
-    distil: ConversionOptions | None = None,
-) -> LossParts:
-    """Weighted loss sum, weight sum and weighted sums of statistics of one micro batch."""
-    context, targets = model_inputs(batch, device)
-    if distil is not None:
-        return distillation_loss(as_decoder(module), context, targets, distil, chunk, most_targets)
-    return training_loss(module(context, targets), as_decoder(module).options, chunk, most_targets)
+def _weight(batch: Batch) -> float:
+    return batch.weight
+
+
+def _drain_wanted() -> bool:
+    return BEACON.wish()[0] == DRAIN
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Dropout of every step and data rank has its own seed, so that a resumed run needs no saved generator."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}/{rank}".encode())
-
-
-def as_decoder(module: nn.Module) -> SidDecoder:
-    """The engine's module by its type."""
-    assert isinstance(module, SidDecoder)
-    return module

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,13 @@ class StepResult:
     grad_norm: float  # L2 norm of all gradients, before clipping
     learning_rate: float  # of parameters that are not embeddings
     stats: dict[str, Tensor]  # the loss function's statistics, summed over ranks and micro batches; float64 on CPU
-    done: bool = True  # False: this batch was discarded, and nothing is other than before it
+    discarded: Literal["", "loss", "gradient norm", "refused"] = ""  # what was not finite, or that `accepts` refused
     flagged: bool = False  # whether some rank raised its flag
+
+    @property
+    def done(self) -> bool:
+        """False: the batch was discarded, and nothing is other than before it."""
+        return not self.discarded
 
 
 class Engine:
@@ -152,17 +157,22 @@ class Engine:
             raise ParallelError(f"Step {self.step}: loss_fn counted weight {weight_total}, weight_fn {weight}.")
         if accepts is None:
             self._check_finite(loss, "loss")
-        refused = not math.isfinite(loss) or (accepts is not None and not accepts(loss))
-        grad_norm = self._discard() if refused else self._update()
+        discarded: Literal["", "loss", "gradient norm", "refused"] = ""
+        if not math.isfinite(loss):
+            discarded = "loss"
+        elif accepts is not None and not accepts(loss):
+            discarded = "refused"
+        grad_norm = self._discard() if discarded else self._update()
         if accepts is None:
             self._check_finite(grad_norm, "gradient norm")
-        done = not refused and math.isfinite(grad_norm)
-        if done:
+        if not discarded and not math.isfinite(grad_norm):
+            discarded = "gradient norm"
+        if not discarded:
             if "expert_load" in stats_total:
                 self._balance_experts(stats_total["expert_load"].sum(1))
             self.step += 1
         rate = self.optimizer_options.learning_rate * factor
-        return StepResult(loss, weight, grad_norm, rate, stats_total, done, flagged)
+        return StepResult(loss, weight, grad_norm, rate, stats_total, discarded, flagged)
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:

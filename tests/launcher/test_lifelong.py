@@ -107,12 +107,10 @@ def test_the_meter_counts_what_the_decoder_reads_and_the_stack_does(lifelong, fl
     seen_BTP = (index_BP[:, None] < targets.end_BT[..., None]) & (targets.weight_BT > 0)[..., None]
 
     engine = SimpleNamespace(ranks=ONE, mesh=SimpleNamespace(replica_ranks=1), module=model)
-    meter, counted = Meter(config, data.vocabulary(config), engine), {}
+    meter, counted = Meter(config, data.vocabulary(config), engine, lambda: 0.0), {}
     meter.flops = SimpleNamespace(training=lambda **counts: counted.update(counts) or 1.0)
     stats = BuildStats(batch.rows, sum(batch.n_events.values()), batch.n_bytes, 0.1, 0.0, 1.0, 0)
-    with meter.step(Step([batch, batch], Cursor(), 0.0, 0, stats)):
-        pass
-    meter.add(StepResult(1.0, 1.0, 1.0, 1.0, {}))
+    meter.add(Step([batch, batch], Cursor(), 0.0, 0, stats), StepResult(1.0, 1.0, 1.0, 1.0, {}))
     meter.report()
     assert counted["target_positions"] == 2 * int(seen_BTP.sum())
     tokens = batch.sequences["long"].length_B * (3 if flatten else 1)
