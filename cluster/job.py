@@ -14,7 +14,7 @@ from onetrain.cluster.recovery_options import RecoveryOptions
 Say = Callable[[str], None]
 
 
-def nothing_to_check(agents: NodeAgents) -> Sequence[str]:
+def nothing_to_check(agents: NodeAgents, say: Say) -> Sequence[str]:
     """A preflight without problems."""
     return ()
 
@@ -37,7 +37,7 @@ class Job:
         folder: of the run; events.jsonl, heartbeats.json and reports of hangs arise in it.
         sizes: the world sizes that the function may have, largest first.
         checkpointed: the step of the newest checkpoint, 0 without one; failures count until it moves.
-        preflight: problems that forbid a start, in words.
+        preflight: problems that forbid a start, in words; says what only may go wrong.
         services: held while attempts are made; gets what prints a line for the user.
         digest: of the configuration, to tell one job from another of the same name.
     """
@@ -51,6 +51,6 @@ class Job:
     threads_per_worker: int
     sizes: tuple[int, ...]
     checkpointed: Callable[[], int] = no_checkpoints
-    preflight: Callable[[NodeAgents], Sequence[str]] = nothing_to_check
+    preflight: Callable[[NodeAgents, Say], Sequence[str]] = nothing_to_check
     services: Callable[[Say], AbstractContextManager[Any]] = no_services
     digest: str = ""

@@ -88,7 +88,7 @@ class Supervisor:
             group.stop()
 
     def _preflight(self) -> None:
-        problems = list(self.job.preflight(self.agents))
+        problems = list(self.job.preflight(self.agents, self.say))
         self._record("preflight", ok=not problems, problems=problems)
         if problems:
             raise ClusterError("the run was not started; preflight found:\n" + "\n".join(f"- {p}" for p in problems))

@@ -17,12 +17,12 @@ from onetrain.cluster.job import Job, Say
 from onetrain.cluster.local_ray import ray_session
 from onetrain.cluster.node_agent import NodeAgents
 from onetrain.cluster.supervisor import Supervisor
-from onetrain.launcher.checkpoints import folder_of_checkpoints
+from onetrain.launcher.checkpoints import run_store
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.options import RunConfig
-from onetrain.launcher.preflight import legal_world_sizes, preflight
+from onetrain.launcher.preflight import legal_world_sizes, preflight, problems
 from onetrain.launcher.train import train
-from onetrain.parallel import checkpoint as checkpoints
+from onetrain.parallel.checkpoint_store import step_of
 
 
 def run_supervised(config: RunConfig) -> dict[str, float]:
@@ -71,12 +71,17 @@ def has_address(config: RunConfig) -> bool:
 
 
 def _newest_step(config: RunConfig) -> int:
-    newest = checkpoints.latest(folder_of_checkpoints(run_folder(config)))
-    return 0 if newest is None else int(newest.name.removeprefix("step_"))
+    newest = run_store(config).latest()
+    return 0 if newest is None else step_of(newest)
 
 
-def _problems(config: RunConfig, agents: NodeAgents) -> Sequence[str]:
-    return [f"{row.what}: {row.problem}" for row in preflight(config, agents) if row.problem]
+def _problems(config: RunConfig, agents: NodeAgents, say: Say) -> Sequence[str]:
+    """What forbids a start; says what only may go wrong."""
+    found = preflight(config, agents)
+    for check in found:
+        if check.state == "warn":
+            say(f"warning: {check.name}: {check.detail}")
+    return problems(found)
 
 
 @contextlib.contextmanager

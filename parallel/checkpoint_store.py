@@ -36,6 +36,11 @@ def step_name(step: int) -> str:
     return f"{STEP}{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name."""
+    return int(name.removeprefix(STEP))
+
+
 def open_store(place: str | os.PathLike[str], cache: str | None = None) -> "CheckpointStore":
     """The store of a folder or URL; `cache` is the folder for copies (~/.cache/onetrain unless told)."""
     text = os.fspath(place)
@@ -117,9 +122,7 @@ class CheckpointStore(ABC):
         """Deletes all but the `keep_last` newest, every `keep_every`-th step and `keep`; returns the deleted."""
         names = self.names()
         kept = {*keep, *names[max(0, len(names) - keep_last) :]}
-        deleted = [
-            n for n in names if n not in kept and not (keep_every and int(n.removeprefix(STEP)) % keep_every == 0)
-        ]
+        deleted = [n for n in names if n not in kept and not (keep_every and step_of(n) % keep_every == 0)]
         for name in deleted:
             self.remove(name)
         return deleted

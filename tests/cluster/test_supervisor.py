@@ -96,7 +96,7 @@ def test_an_error_before_the_first_step_is_not_tried_again(cluster, tmp_path):
 
 
 def test_what_preflight_finds_is_said_before_anything_starts(cluster, tmp_path):
-    job = replace(toy_job(tmp_path, workers=1), preflight=lambda agents: ["node a: /data cannot be read"])
+    job = replace(toy_job(tmp_path, workers=1), preflight=lambda agents, say: ["node a: /data cannot be read"])
     with pytest.raises(ClusterError, match="/data cannot be read"):
         run(job)
     assert not events(tmp_path, "attempt_started")
