@@ -1,6 +1,7 @@
 """Ray's Jobs API: connect, submit, follow the log of a job, stop it, and say how it ended."""
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ QUIET_S = 15.0  # without a line of the log, before the job is asked how it is
 RETRY_S = 1.0
 STOP_WAIT_S = 60  # between SIGTERM and SIGKILL for the driver of a job that is stopped; Ray's own default is 3
 STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # of uploads, closed connections
 NO_SUCH_JOB = "does not exist"  # Ray's words
 
 
@@ -40,8 +42,8 @@ def jobs_address(given: str | None) -> str:
     try:
         port = parts.port
     except ValueError:
-        port = None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port in (6379, 10001):
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or port in (0, 6379, 10001):
         raise ClusterError(
             f"{address!r} is not the address of the Jobs API: give http://HEAD:8265 (the port of Ray's dashboard, not "
             "6379, which is for nodes, nor 10001, which is Ray Client's)"
@@ -60,10 +62,12 @@ def connect(address: str) -> JobSubmissionClient:
         socket.create_connection((parts.hostname or "", parts.port or 8265), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
-            f"nobody answers at {address}: {error}. Check host and port; the head's dashboard listens to other machines "
-            "only if Ray was started with --dashboard-host 0.0.0.0"
+            f"nobody answers at {address}: {error}. Check host and port; the head's dashboard listens to other "
+            "machines only if Ray was started with --dashboard-host 0.0.0.0"
         ) from error
     token = _token()
+    for name in ("ray", *TALKATIVE):
+        logging.getLogger(name).setLevel(logging.WARNING)
     client = _asking(
         address, JobSubmissionClient, address, headers={"Authorization": f"Bearer {token}"} if token else {}
     )
@@ -204,6 +208,8 @@ async def _follow(client: JobSubmissionClient, job: str, lines: _Lines) -> JobDe
             await _tail(client, job, lines)
             details = await _details(client, job)
             if details.status.is_terminal():
+                lines.restart()  # a connection that ended in good order need not have told everything
+                lines.add((await _get(client, f"/api/jobs/{job}/logs"))["logs"])
                 lines.end()
                 return details
             lost_at = None
@@ -252,8 +258,12 @@ async def _tail(client: JobSubmissionClient, job: str, lines: _Lines) -> None:
 
 
 async def _details(client: JobSubmissionClient, job: str) -> JobDetails:
-    """As `get_job_info`, which has no time limit and could hold up the end of this process."""
-    response = await asyncio.to_thread(client._do_request, "GET", f"/api/jobs/{job}", timeout=QUIET_S)
+    return JobDetails(**await _get(client, f"/api/jobs/{job}"))
+
+
+async def _get(client: JobSubmissionClient, path: str) -> dict[str, Any]:
+    """As the client's own methods, which have no time limit and could hold up the end of this process."""
+    response = await asyncio.to_thread(client._do_request, "GET", path, timeout=QUIET_S)
     if response.status_code != 200:
         raise RuntimeError(f"{response.status_code}: {response.text}")
-    return JobDetails(**response.json())
+    return dict(response.json())

@@ -53,7 +53,7 @@ def render(job: Job, cluster: ClusterOptions, recovery: RecoveryOptions, options
         if len(value.encode()) >= LONGEST_VALUE:
             raise ValueError(f"the configuration is too long for {variable}: {len(value.encode()):,} bytes")
     environment = _environment(options)
-    own = [_variable(CONFIG_VARIABLE, job.config), _variable(SUBMISSION_VARIABLE, job.submission)]
+    environment.append(_variable(SUBMISSION_VARIABLE, job.submission))  # everywhere: rank 0 records the commit
     spec: dict[str, Any] = {
         "entrypoint": ENTRYPOINT,
         "submissionMode": "K8sJobMode",
@@ -67,7 +67,7 @@ def render(job: Job, cluster: ClusterOptions, recovery: RecoveryOptions, options
             **({"authOptions": {"mode": "token"}} if options.token_auth else {}),
             "headGroupSpec": {
                 "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
-                "template": _head(options, [*environment, *own]),
+                "template": _head(options, [*environment, _variable(CONFIG_VARIABLE, job.config)]),
             },
             "workerGroupSpecs": [
                 {

@@ -68,8 +68,8 @@ class KubernetesOptions:
         for variable in self.env:
             if SECRET_NAME.search(variable):
                 raise ValueError(
-                    f"kubernetes.env has {variable}, which looks like a secret that anybody could read in the manifest; "
-                    "name a Kubernetes secret in kubernetes.secret_env"
+                    f"kubernetes.env has {variable}, which looks like a secret that anybody could read in the "
+                    "manifest; name a Kubernetes secret in kubernetes.secret_env"
                 )
         for taint in self.tolerations:
             if not TAINT.fullmatch(taint):

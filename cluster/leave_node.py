@@ -1,7 +1,7 @@
 """Take this node out of its Ray cluster in good order: `python -m onetrain.cluster.leave_node SECONDS`.
 
-Tells Ray that the node will be preempted, which the supervisor of a run answers with a checkpoint and another attempt on
-the nodes that stay, and waits until no rank runs here any more, or the seconds are over. It is the pre-stop hook of
+Tells Ray that the node will be preempted, which the supervisor of a run answers with a checkpoint and another attempt
+on the nodes that stay, and waits until no rank runs here any more, or the seconds are over. It is the pre-stop hook of
 KubeRay pods, and what to run by hand before a machine is switched off.
 """
 

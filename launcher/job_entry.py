@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> int:
         submitted = json.loads((config.parent / SUBMISSION).read_text(encoding="utf-8"))
     rows = differences(submitted, facts())
     if rows:
-        print(f"error: node {socket.gethostname()} differs from where this job was submitted:\n{_table(rows)}", flush=True)
+        print(
+            f"error: node {socket.gethostname()} differs from where this job was submitted:\n{_table(rows)}", flush=True
+        )
         return REFUSED
 
     from onetrain.launcher import cli  # after the comparison: it imports what may be missing

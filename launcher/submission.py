@@ -77,7 +77,7 @@ def differences(submitted: Mapping[str, Any], here: Mapping[str, Any]) -> list[t
 
 
 def _comparable(side: Mapping[str, Any], name: str) -> str | None:
-    """What has to be equal: of Python 3.11, of versions without their build (2.13.0+cpu runs what 2.13.0+cu130 runs)."""
+    """What has to be equal: 3.11 of Python, and versions without their build (torch 2.13.0+cpu is as 2.13.0+cu130)."""
     if name == "source":
         return str(side["source"])
     if name == "python":
@@ -110,7 +110,9 @@ def stage(config_text: str, folder: Path, installed: bool = False) -> dict[str, 
     if not installed:
         version = package_version("onetrain")
         contents["onetrain/__init__.py"] = '"""The submitted source; a regular package wins over an installed one."""\n'
-        contents[f"onetrain-{version}.dist-info/METADATA"] = f"Metadata-Version: 2.1\nName: onetrain\nVersion: {version}\n"
+        contents[f"onetrain-{version}.dist-info/METADATA"] = (
+            f"Metadata-Version: 2.1\nName: onetrain\nVersion: {version}\n"
+        )
         for name, file in source_files().items():
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
