@@ -57,11 +57,11 @@ def short_message(verdict: Verdict, views: Sequence[RankView], stacks: dict[int,
 
 
 def last_collective(stack: str) -> str | None:
-    """The innermost torch.distributed call of a stack, the main thread before others; None where there is none."""
-    for frames in sorted(_threads(stack), key=lambda lines: "MainThread" not in lines[0]):
+    """The innermost torch.distributed call of a stack, the main thread's before others'; None where there is none."""
+    for frames in _threads(stack):
         for line in frames[1:]:
             frame = _FRAME.match(line)
-            if frame is None or frame["name"] in _WRAPPERS:
+            if frame is None or frame["name"].rpartition(".")[2] in _WRAPPERS:
                 continue
             if any(part in frame["file"] for part in _COLLECTIVE_FILES):
                 return frame["name"]
@@ -150,28 +150,32 @@ def _readable(stack: str) -> str:
     """A stack without process and thread numbers, and without threads of Ray and pools that only wait."""
     if stack.startswith(NO_ANSWER):
         return stack
-    kept, hidden = [], 0
-    for lines in _threads(stack):
-        if "MainThread" not in lines[0] and _only_waits(lines):
-            hidden += 1
-            continue
-        kept.append("\n".join([re.sub(r"^Thread (0x)?[0-9a-fA-F]+ ", "Thread ", lines[0]), *lines[1:]]))
-    if hidden:
+    threads = _threads(stack)
+    busy = [lines for lines in threads if not _only_waits(lines)] or threads[:1]
+    kept = [_without_numbers(lines) for lines in busy]
+    if hidden := len(threads) - len(busy):
         kept.append(
             f"({hidden} thread{'s' if hidden > 1 else ''} that only wait{'' if hidden > 1 else 's'}: not shown)"
         )
     return "\n".join(kept) or stack
 
 
+def _without_numbers(lines: list[str]) -> str:
+    """A thread's lines without its number, and without the frames of Ray that called the rank."""
+    while len(lines) > 2 and (frame := _FRAME.match(lines[-1])) and frame["file"].startswith("ray/"):
+        lines = lines[:-1]
+    return "\n".join([re.sub(r"^Thread (0x)?[0-9a-fA-F]+ ", "Thread ", lines[0]), *lines[1:]])
+
+
 def _threads(stack: str) -> list[list[str]]:
-    """The lines of each thread, its header first."""
+    """The lines of each thread, its header first: the main thread first, and last those that only wait."""
     threads: list[list[str]] = []
     for line in stack.splitlines():
         if line.startswith("Thread "):
             threads.append([line])
         elif threads and line.strip():
             threads[-1].append(line)
-    return threads
+    return sorted(threads, key=lambda lines: (_only_waits(lines), "MainThread" not in lines[0]))
 
 
 def _only_waits(lines: list[str]) -> bool:
@@ -180,7 +184,7 @@ def _only_waits(lines: list[str]) -> bool:
 
 
 def _innermost(stack: str) -> str:
-    for lines in sorted(_threads(stack), key=lambda thread: "MainThread" not in thread[0]):
+    for lines in _threads(stack):
         if len(lines) > 1:
             return lines[1].strip()
     return "no Python frame"

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import ray
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ANSWER_S = 30.0  # the longest that anybody waits for all nodes together
@@ -162,8 +162,16 @@ def _text(answer: Any, pid: int) -> str:
     """A rank's stack out of its node's answer."""
     if isinstance(answer, dict):
         return str(answer[pid])
-    reason = (str(answer).strip().splitlines() or [type(answer).__name__])[0]
-    return f"{NO_ANSWER}{reason}"
+    return f"{NO_ANSWER}{reason_of(answer)}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a node gave no answer, in a line."""
+    if isinstance(error, ActorUnschedulableError):
+        return "the node is no longer in the cluster"
+    if isinstance(error, RayActorError):
+        return f"the node or its agent died: {str(error).strip().splitlines()[0]}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _hit(answer: Any, pid: int) -> bool:

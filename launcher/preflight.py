@@ -3,23 +3,24 @@
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
+from onetrain.cluster.node_agent import NodeAgents, reason_of
 from onetrain.data.errors import DataError
 from onetrain.data.remote import is_remote
 from onetrain.data.sids import described
-from onetrain.launcher.checkpoints import folder_of_checkpoints
+from onetrain.launcher.checkpoints import run_store
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.doctor import Check, prepared_data
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
-from onetrain.launcher.preflight_node import Look, Seen, look
-from onetrain.parallel.checkpoint import latest, read_state
+from onetrain.launcher.preflight_node import UNREADABLE, Look, Seen, look, versions
+from onetrain.parallel.checkpoint_store import open_checkpoint
 from onetrain.parallel.errors import ParallelError
 
 if TYPE_CHECKING:
@@ -32,21 +33,9 @@ CHECKPOINTS = 2  # the one that is written, and the one that is kept until that 
 NAMED = 5  # nodes of a finding that are named
 
 
-class Agents(Protocol):
-    """What preflight needs of cluster/node_agent.py's NodeAgents."""
-
-    def alive_nodes(self) -> dict[str, str]:
-        """Node id -> address."""
-
-    def run_on(
-        self, node_ids: Iterable[str], fn: Callable[..., Any], args: tuple[Any, ...] = (), timeout_s: float = ANSWER_S
-    ) -> dict[str, Any]:
-        """Result or exception of `fn(*args)` for each node id."""
-
-
-def preflight(config: RunConfig, agents: Agents) -> list[Check]:
+def preflight(config: RunConfig, agents: NodeAgents) -> list[Check]:
     """Check the configuration here, and everything else on every alive node; a finding names its nodes."""
-    nodes = agents.alive_nodes()
+    nodes, before = agents.alive_nodes(), versions()
     with _tokens(_written(config)) as (tokens, found), ThreadPoolExecutor(1) as pool:
         what = Look(_written(config), _prepared(config), config.stream, tokens)
         looking = pool.submit(agents.run_on, nodes, look, (what,), ANSWER_S)
@@ -57,6 +46,8 @@ def preflight(config: RunConfig, agents: Agents) -> list[Check]:
     here += [_no_answer(nodes[node_id], answers[node_id]) for node_id in nodes if node_id not in seen]
     found_there = [(check, nodes[node_id]) for node_id, answer in seen.items() for check in answer.checks]
     ours = look(replace(what, written=(), tokens=()))
+    if ours.versions != before:  # somebody edits the code at this moment
+        ours.versions.pop("code")
     found_there += [(check, nodes[node_id]) for node_id, answer in seen.items() for check in _against(ours, answer)]
     if plan is not None:
         needed = CHECKPOINTS * _checkpoint_bytes(config, plan)
@@ -99,7 +90,7 @@ def legal_world_sizes(config: RunConfig) -> tuple[int, ...]:
 
 def _written(config: RunConfig) -> tuple[str, ...]:
     """Folders and URLs that the run writes to."""
-    elsewhere = getattr(config.train, "checkpoint_path", None)
+    elsewhere = config.train.checkpoint_path
     return (str(run_folder(config)), *([elsewhere] if elsewhere else []))
 
 
@@ -186,34 +177,48 @@ def _data(config: RunConfig) -> Iterator[Check]:
     """The prepared data and SIDs as they are here, and the SIDs that the newest checkpoint was trained with."""
     for check in prepared_data(config, quick=True):
         yield replace(check, state="fail") if check.state == "warn" else check  # training needs what is missing
-    checkpoint = latest(folder_of_checkpoints(run_folder(config)))
-    if checkpoint is None and config.train.warm_start and not is_remote(config.train.warm_start):
-        checkpoint = Path(config.train.warm_start)
-    if checkpoint is None:
-        return
+    yield from _checkpoint_sids(config)
+
+
+def _checkpoint_sids(config: RunConfig) -> Iterator[Check]:
+    """The SIDs that the checkpoint to go on from was trained with: the newest that can be read, or train.warm_start."""
     try:
-        trained = read_state(checkpoint)["sid_fingerprint"]
         ours = described(f"{config.data.prepared}/sids", config.stream)["fingerprint"]
-    except ParallelError as error:
-        yield Check("checkpoint", "warn", str(error), "the run falls back to the one before; see `onetrain checkpoint`")
+    except UNREADABLE:  # told above
         return
-    except (DataError, OSError, ValueError, KeyError):  # told above
+    store, where = run_store(config), "the run's checkpoints"
+    names = store.names()[::-1]
+    if not names and config.train.warm_start:
+        store, name = open_checkpoint(config.train.warm_start, config.stream.cache)
+        names, where = [name], "train.warm_start"
+    unreadable = []
+    for name in names:
+        try:
+            trained = store.header(name)["state"]["sid_fingerprint"]
+        except (ParallelError, OSError, KeyError, TypeError) as error:
+            unreadable.append(f"{store.where(name)} cannot be read: {error}")
+            continue
+        if trained != ours:
+            detail = (
+                f"{store.where(name)} was trained with SID map {trained}, but {config.data.prepared}/sids is {ours}"
+            )
+            fix = "point data.prepared to the folder that it was trained on, or train anew under another name"
+            yield Check("checkpoint", "fail", detail, fix)
+        elif unreadable:
+            yield Check("checkpoint", "warn", f"{unreadable[0]}; {name} is used", "see `onetrain checkpoint verify`")
+        else:
+            yield Check("checkpoint", "ok", f"{name} was trained with these SIDs")
         return
-    if trained == ours:
-        yield Check("checkpoint", "ok", f"{checkpoint.name} was trained with these SIDs")
-        return
-    detail = f"{checkpoint} was trained with SID map {trained}, but {config.data.prepared}/sids is {ours}"
-    fix = "point data.prepared to the folder that it was trained on, or train anew under another name"
-    yield Check("checkpoint", "fail", detail, fix)
+    if unreadable:
+        yield Check("checkpoint", "fail", f"none of {where} can be read: {unreadable[0]}", "see `onetrain checkpoint`")
 
 
 def _no_answer(address: str, answer: Any) -> Check:
-    reason = (str(answer).strip().splitlines() or [type(answer).__name__])[0]
     if isinstance(answer, TimeoutError):
         fix = "look at the node and what it mounts (a file system that hangs?), or take it out of the cluster"
     else:
         fix = "install the same onetrain on every node, and see the node's logs in Ray's session folder"
-    return Check(f"node {address}", "fail", f"no answer: {reason}", fix)
+    return Check(f"node {address}", "fail", f"no answer: {reason_of(answer)}", fix)
 
 
 def _against(ours: Seen, theirs: Seen) -> Iterator[Check]:
@@ -249,7 +254,7 @@ def _room(seen: Seen, needed: int) -> Check:
     return Check("room for checkpoints", "ok", detail)
 
 
-def _clocks(nodes: dict[str, str], agents: Agents) -> Iterator[tuple[Check, str]]:
+def _clocks(nodes: dict[str, str], agents: NodeAgents) -> Iterator[tuple[Check, str]]:
     """Each node's clock beside ours at the middle of the request."""
     if not nodes:
         return

@@ -86,10 +86,19 @@ def test_the_short_message():
     assert "rank 1: no answer: nobody asked" in short_message(verdict_of(1), views, {}, "r")
 
 
-def test_the_last_collective_may_be_of_another_thread():
+def test_what_counts_may_be_in_another_thread():
     assert last_collective(reducing(5)) == "all_reduce"
     assert last_collective(READING) is None
     assert last_collective(NO_STACK) is None
+    in_a_thread = """Thread 1 (idle): "MainThread"
+    Worker.main_loop (ray/_private/worker.py:1069)
+Thread 2 (idle)
+    read (somewhere/slow_disk.py:7)
+    actor_method_executor (ray/_private/function_manager.py:740)
+"""
+    text = report_text(1, verdict_of(0), [view(0)], {0: in_a_thread})
+    assert "in no collective, but at read (somewhere/slow_disk.py:7)" in text
+    assert "function_manager" not in text
     engine = READING + 'Thread 23 (active): "pt_autograd_0"\n    reduce_scatter (deepspeed/comm/torch.py:9)\n'
     assert last_collective(engine) == "reduce_scatter"
 

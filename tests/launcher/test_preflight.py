@@ -142,6 +142,12 @@ def test_other_versions(job):
     }
 
 
+def test_code_that_is_edited_meanwhile_is_not_compared(job, monkeypatch):
+    codes = iter("abcdef")
+    monkeypatch.setattr(preflight_node, "_code", lambda: next(codes))
+    assert failures(job) == {}
+
+
 def test_a_missing_a_cut_and_a_foreign_shard(job):
     shard = Path(job.data.prepared) / "shard-00000.arrow"
     content = shard.read_bytes()
@@ -197,19 +203,41 @@ def test_a_node_with_an_old_copy_of_the_data(job):
     assert check.name == f"contents of {job.data.prepared} on 10.0.0.2"
 
 
-def test_a_checkpoint_of_other_sids(job):
+def write_header(folder, sid_fingerprint):
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"format": 1, "step": 10, "optimizer": "adamw", "files": {}, "state": {"sid_fingerprint": sid_fingerprint}}
+    (folder / "state.json").write_text(json.dumps(header))
+
+
+@pytest.mark.parametrize("place", ["the run's", "checkpoint_path", "warm_start"])
+def test_a_checkpoint_of_other_sids(job, tmp_path, place):
     folder = run_folder(job) / "checkpoints" / "step_00000010"
-    folder.mkdir(parents=True)
-    state = folder / "state.json"
+    if place != "the run's":
+        folder = tmp_path / "elsewhere" / "step_00000010"
+        path = folder if place == "warm_start" else folder.parent
+        job = changed(job, **{f"train__{place}": str(path)})
     ours = SidMap.load(f"{job.data.prepared}/sids").fingerprint
-    header = {"format": 1, "step": 10, "optimizer": "adamw", "files": {}}
-    state.write_text(json.dumps(header | {"state": {"sid_fingerprint": ours}}))
+    write_header(folder, ours)
     assert failures(job) == {}
-    state.write_text(json.dumps(header | {"state": {"sid_fingerprint": "others"}}))
+    write_header(folder, "others")
     check = the_only(failures(job))
     assert check.name == "checkpoint"
     assert ours in check.detail
     assert "others" in check.detail
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_passed_over(job):
+    folder = run_folder(job) / "checkpoints"
+    ours = SidMap.load(f"{job.data.prepared}/sids").fingerprint
+    write_header(folder / "step_00000010", ours)
+    write_header(folder / "step_00000020", ours)
+    (folder / "step_00000020" / "state.json").write_text("{")
+    (check,) = [check for check in preflight(job, Nodes()) if check.name == "checkpoint"]
+    assert check.state == "warn"
+    assert "step_00000020" in check.detail
+    assert "step_00000010 is used" in check.detail
+    (folder / "step_00000010" / "state.json").write_text("{")
+    assert "none of the run's checkpoints" in the_only(failures(job)).detail
 
 
 @pytest.mark.parametrize(("away", "state"), [(-4.0, "ok"), (6.0, "fail"), (-6.0, "fail")])
