@@ -13,12 +13,10 @@ from typing import Any
 
 import yaml
 
-from onetrain.cluster.kubernetes_options import TAINT, KubernetesOptions
+from onetrain.cluster.kubernetes_options import CONFIG_VARIABLE, SUBMISSION_VARIABLE, TAINT, KubernetesOptions
 from onetrain.cluster.options import ClusterOptions
 from onetrain.cluster.recovery_options import RecoveryOptions
 
-CONFIG_VARIABLE = "ONETRAIN_CONFIG"
-SUBMISSION_VARIABLE = "ONETRAIN_SUBMISSION"
 ENTRYPOINT = "exec python -m onetrain.launcher.job_entry --from-environment"
 LONGEST_NAME = 47  # KubeRay's limit for a RayJob, which makes longer names from it
 LONGEST_VALUE = 128 * 1024  # Linux's limit for one environment variable

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+CONFIG_VARIABLE, SUBMISSION_VARIABLE = "ONETRAIN_CONFIG", "ONETRAIN_SUBMISSION"  # of the pods
 QUANTITY = re.compile(r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)?")
 SECRET = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[\w.-]+")
 TAINT = re.compile(r"(?P<key>[\w./-]+)(=(?P<value>[\w.-]*))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?")

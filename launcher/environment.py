@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "git": git_state(Path(__file__).resolve().parent.parent),
+        "git": git_state(Path(__file__).resolve().parent.parent) or _submitted_git(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": _device(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -72,6 +72,13 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     if top is None or commit is None or Path(top).resolve() != folder.resolve():
         return None
     return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _submitted_git() -> dict[str, Any] | None:
+    """The commit where a job was submitted: beside the source that came with it, or in a manifest's environment."""
+    beside = Path(__file__).resolve().parents[2] / "submission.json"
+    text = beside.read_text(encoding="utf-8") if beside.is_file() else os.environ.get("ONETRAIN_SUBMISSION")
+    return json.loads(text).get("git") if text else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

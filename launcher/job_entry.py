@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from onetrain.cluster.kubernetes_options import CONFIG_VARIABLE, SUBMISSION_VARIABLE
 from onetrain.launcher.submission import SUBMISSION, differences, facts
 
-CONFIG_VARIABLE, SUBMISSION_VARIABLE = "ONETRAIN_CONFIG", "ONETRAIN_SUBMISSION"
 REFUSED = 2
 
 

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onetrain.cluster.kuberay import CONFIG_VARIABLE, LONGEST_NAME, Job, dump, render, resource_name
-from onetrain.cluster.kubernetes_options import KubernetesOptions
+from onetrain.cluster.kuberay import LONGEST_NAME, Job, dump, render, resource_name
+from onetrain.cluster.kubernetes_options import CONFIG_VARIABLE, KubernetesOptions
 from onetrain.cluster.options import ClusterOptions
 from onetrain.cluster.recovery_options import RecoveryOptions
 
