@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from onetrain.cluster.node_agent import NO_ANSWER
+from onetrain.cluster.node_agent import NO_ANSWER, STATE
 from onetrain.cluster.watch import RankView, Verdict, begun_most
 
 MOST_ROWS = 64  # of the table; beyond, ranks that look alike share a row
@@ -14,6 +14,8 @@ _FRAME = re.compile(r"^\s+(?P<name>\S+) \((?P<file>.+):(?P<line>\d+)\)$")
 _COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
 _WRAPPERS = {"wrapper", "log_wrapper", "func_wrapper"}
 _WAITING_FILES = ("ray/", "threading.py", "concurrent/futures/", "selectors.py", "asyncio/", "queue.py", "socket.py")
+_OWN_WAITING_FILE = "cluster/worker.py"  # heartbeats and printed lines
+_OUTER_FILES = ("ray/", "threading.py", "concurrent/futures/")
 
 
 def write_report(
@@ -52,6 +54,7 @@ def short_message(verdict: Verdict, views: Sequence[RankView], stacks: dict[int,
         at = f"in {collective}"
     else:
         at = f"at {_innermost(stack)}"
+    at = ", ".join([at, *(line for line in stack.splitlines() if line.startswith(STATE))])
     behind = _behind(views)
     return f"{verdict.message}; rank {rank}: {at}{f'; {behind[0]}' if behind else ''}. Stacks of all ranks: {report}"
 
@@ -151,18 +154,19 @@ def _readable(stack: str) -> str:
     if stack.startswith(NO_ANSWER):
         return stack
     threads = _threads(stack)
+    state = [line for line in stack.splitlines() if line.startswith(STATE)]
     busy = [lines for lines in threads if not _only_waits(lines)] or threads[:1]
     kept = [_without_numbers(lines) for lines in busy]
     if hidden := len(threads) - len(busy):
         kept.append(
             f"({hidden} thread{'s' if hidden > 1 else ''} that only wait{'' if hidden > 1 else 's'}: not shown)"
         )
-    return "\n".join(kept) or stack
+    return "\n".join([*state, *kept]) or stack
 
 
 def _without_numbers(lines: list[str]) -> str:
-    """A thread's lines without its number, and without the frames of Ray that called the rank."""
-    while len(lines) > 2 and (frame := _FRAME.match(lines[-1])) and frame["file"].startswith("ray/"):
+    """A thread's lines without its number, and without the frames that every thread begins with."""
+    while len(lines) > 2 and (frame := _FRAME.match(lines[-1])) and frame["file"].startswith(_OUTER_FILES):
         lines = lines[:-1]
     return "\n".join([re.sub(r"^Thread (0x)?[0-9a-fA-F]+ ", "Thread ", lines[0]), *lines[1:]])
 
@@ -180,7 +184,9 @@ def _threads(stack: str) -> list[list[str]]:
 
 def _only_waits(lines: list[str]) -> bool:
     frames = [frame for frame in map(_FRAME.match, lines[1:]) if frame]
-    return "(idle)" in lines[0] and all(frame["file"].startswith(_WAITING_FILES) for frame in frames)
+    return "(idle)" in lines[0] and all(
+        frame["file"].startswith(_WAITING_FILES) or frame["file"].endswith(_OWN_WAITING_FILE) for frame in frames
+    )
 
 
 def _innermost(stack: str) -> str:

@@ -25,6 +25,12 @@ ANSWER_S = 30.0  # the longest that anybody waits for all nodes together
 DUMP_S = 10.0  # and an agent for the stacks of its node
 DUMPS_AT_ONCE = 8
 NO_ANSWER = "no answer: "
+STATE = "the process is "
+STATES = {
+    psutil.STATUS_STOPPED: "stopped by a signal",
+    psutil.STATUS_TRACING_STOP: "stopped by a debugger",
+    psutil.STATUS_DISK_SLEEP: "in a wait of the kernel that nothing interrupts (disk, network file system, driver)",
+}
 PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = -1
 
@@ -198,6 +204,9 @@ def _stack(pid: int, deadline: float) -> str:
     if done.returncode or not text:
         reason = " ".join(done.stderr.partition("Stack backtrace:")[0].split())  # that would be py-spy's own
         return f"{NO_ANSWER}{reason or f'py-spy ended with {done.returncode}'}"
+    with contextlib.suppress(psutil.Error):
+        if (state := psutil.Process(pid).status()) in STATES:
+            return f"{STATE}{STATES[state]}\n{text}"
     return text
 
 

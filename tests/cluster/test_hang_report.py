@@ -23,6 +23,10 @@ Thread {gc} (idle): "PythonGCThread"
 Thread {gc} (idle): "prefetch"
     wait (threading.py:320)
     take (onetrain/data/stream.py:70)
+    Thread._bootstrap (threading.py:1002)
+Thread {gc} (idle): "Thread-1 (_show_beats)"
+    Worker._show_beats (onetrain/cluster/worker.py:131)
+    Thread.run (threading.py:982)
 """
 READING = """Process 22: ray::Worker.run
 Python v3.11.7 (/usr/bin/python3.11)
@@ -70,8 +74,16 @@ def test_a_report_of_four_ranks_fits_a_page(tmp_path):
     assert f"--- rank 3\n{NO_STACK}" in text
     assert text.count("torch/distributed/distributed_c10d.py") == 1  # two equal stacks
     assert text.count("prefetch") == 1
-    assert "PythonGCThread" not in text
-    assert "(1 thread that only waits: not shown)" in text
+    assert not any(hidden in text for hidden in ("PythonGCThread", "_show_beats", "_bootstrap"))
+    assert "(2 threads that only wait: not shown)" in text
+
+
+def test_a_stopped_process_is_told():
+    stopped = f"the process is stopped by a signal\n{reducing(101)}"
+    text = report_text(1, verdict_of(1), [view(0), view(1)], {0: reducing(100), 1: stopped})
+    assert '--- rank 1\nthe process is stopped by a signal\nThread (active): "MainThread"\n' in text
+    message = short_message(verdict_of(1), [view(1)], {1: stopped}, "r")
+    assert "rank 1: in all_reduce, the process is stopped by a signal. Stacks" in message
 
 
 def test_the_short_message():

@@ -76,6 +76,8 @@ def test_stacks_of_stopped_busy_and_missing_processes(agents, node, rank):
     stacks = agents.stacks_of({0: (node, pid), 1: (node, os.getpid()), 2: (node, missing.pid), 3: (node, child)})
     assert time.monotonic() - started < 10
     assert "spin_for_ever" in stacks[0]
+    assert stacks[0].startswith("the process is stopped by a signal\nProcess ")
+    assert stacks[1].startswith("Process ")
     assert "stacks_of" in stacks[1]
     assert stacks[2].startswith(NO_ANSWER)
     assert stacks[3].startswith(NO_ANSWER)  # no Python
