@@ -98,7 +98,7 @@ def _services(config: RunConfig, say: Say) -> Iterator[None]:
 
 
 def _digest(config: RunConfig) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(dataclasses.asdict(config), sort_keys=True, default=str))
+    return xxhash.xxh3_64_hexdigest(json.dumps(dataclasses.asdict(config), sort_keys=True, default=str).encode())
 
 
 def _print(line: str) -> None:
