@@ -63,9 +63,7 @@ def accuracy_section(train: Sequence[Record], valid: Sequence[Record]) -> Sectio
         ])  # fmt: skip
         figure.update_layout(height=340, hovermode="x unified", xaxis_title="optimizer step")
         figure.update_yaxes(title="targets with the right code (%)")
-        section.figure(
-            figure, "Of each level of the semantic ID, given the right codes of the levels before, in training."
-        )
+        section.figure(figure, "Of each level of the semantic ID in training, given the right codes of earlier levels.")
     else:
         section.note("No accuracy by level has been logged.")
     found = sorted(name for record in valid[-1:] for name in record if name.startswith(VALID_METRICS))
@@ -93,8 +91,10 @@ def speed_section(
 ) -> Section:
     """Throughput and MFU. `worlds`: attempt -> world size, None -> that of attempts nobody knows."""
     section = Section("Speed")
-    rates = [("samples_per_s", "samples/s", 1, False), ("tokens_per_s", "target tokens/s", 1, False),
-             ("model_gflops_per_s", "model GFLOP/s", 1, False)]  # fmt: skip
+    large = max((record.get("model_gflops_per_s") or 0 for record in train), default=0) >= 1e4
+    rates: list[tuple[str, str, float, bool]] = [("samples_per_s", "samples/s", 1, False)]
+    rates.append(("tokens_per_s", "target tokens/s", 1, False))
+    rates.append(("model_gflops_per_s", "model TFLOP/s" if large else "model GFLOP/s", 1e-3 if large else 1, False))
     names = device.get("names") or ["unknown device"]
     peak = peak_of(str(names[0])) if device.get("type") == "cuda" else None
     records: Sequence[Record] = train
@@ -104,8 +104,8 @@ def speed_section(
         records = [_with_mfu(record, limit, worlds) for record in train]
         rates.append(("mfu", "MFU (%)", 100, False))
         caption += (
-            f" MFU: model FLOP/s over {limit / 1e12:,.0f} TFLOP/s for each rank, the dense {precision} peak of {names[0]} "
-            f"({peak.source}); recomputation does not count."
+            f" MFU: model FLOP/s over {limit / 1e12:,.0f} TFLOP/s for each rank, the dense {precision} peak of "
+            f"{names[0]} ({peak.source}); recomputation does not count."
         )
     _grid(section, records, rates, caption)
     if peak is None:

@@ -7,9 +7,12 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io
 from plotly.offline import get_plotlyjs
 
 from onetrain.launcher.console import format_value
+
+plotly.io.templates.default = "none"  # the others are copied into each figure, which takes as long as all the rest
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -22,8 +25,8 @@ STYLE = f"""
 body {{ font: 15px/1.5 {FONT}; color: #1b1f24; background: #fff; margin: 0 auto; max-width: 1180px; padding: 24px; }}
 h1 {{ font-size: 26px; margin: 0 0 2px; }}
 h2 {{ font-size: 19px; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid #d8dee4; }}
-p.note, figcaption {{ color: #57606a; margin: 4px 0 10px; max-width: 90ch; }}
-nav a {{ margin-right: 14px; color: {BLUE}; text-decoration: none; }}
+p.note, figcaption {{ color: #57606a; margin: 4px 0 10px; max-width: 110ch; }}
+nav a {{ display: inline-block; margin-right: 14px; color: {BLUE}; text-decoration: none; }}
 .tiles {{ display: flex; flex-wrap: wrap; gap: 10px; margin: 18px 0 10px; }}
 .tile {{ border: 1px solid #d8dee4; border-radius: 8px; padding: 8px 14px; min-width: 118px; }}
 .tile b {{ display: block; font-size: 20px; font-variant-numeric: tabular-nums; }}
@@ -69,8 +72,10 @@ class Section:
         """Numbers to the right, and the columns `right`; `swatches` are colours for the first column."""
         numeric = [
             i in right
-            or (any(isinstance(row[i], int | float) for row in rows)
-            and all(row[i] is None or isinstance(row[i], int | float) for row in rows))
+            or (
+                any(isinstance(row[i], int | float) for row in rows)
+                and all(row[i] is None or isinstance(row[i], int | float) for row in rows)
+            )
             for i in range(len(columns))
         ]
         short = [all(len(format_value(row[i])) <= SHORT for row in rows) for i in range(len(columns))]
@@ -97,15 +102,15 @@ class Section:
     def figure(self, figure: go.Figure, caption: str = "") -> None:
         """A plotly figure, styled like all of them."""
         figure.update_layout(
-            template="plotly_white",
             font={"family": FONT, "size": 13, "color": "#1b1f24"},
             margin={"l": 70, "r": 20, "t": 34, "b": 48},
             legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
             hoverlabel={"align": "left"},
         )
-        axis = {"showline": True, "linecolor": "#8c959f", "gridcolor": "#eaeef2", "zeroline": False, "ticks": "outside"}
-        figure.update_xaxes(**axis)
-        figure.update_yaxes(**axis)
+        lines = {"showline": True, "linecolor": "#8c959f", "gridcolor": "#eaeef2", "zeroline": False}
+        ticks = {"ticks": "outside", "tickcolor": "#8c959f", "automargin": True}
+        figure.update_xaxes(**lines, **ticks, title_standoff=8)
+        figure.update_yaxes(**lines, **ticks, title_standoff=10, exponentformat="power")
         config = {"displayModeBar": False, "responsive": True}  # drag to zoom, double click to go back
         drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""

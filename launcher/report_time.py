@@ -40,7 +40,7 @@ MEANING = {
     "idle": "nothing ran until the user started it again; not part of the wall time",
 }
 OF_WORK = ("data_wait", "recompute", "compute", "checkpoint", "validation")
-MOST_SPANS = 300  # drawn; finer ones of the same attempt are drawn together, else they blur
+MOST_SPANS = 120  # drawn; finer ones of the same attempt are drawn together, else they blur
 MOST_LANES = 12
 MOST_CHECKPOINTS = 2000
 
@@ -81,7 +81,7 @@ def restarts_section(found: Goodput) -> Section:
         for restart in found.restarts
     ]
     columns = ["attempt", "ended", "kind", "where", "at step", "went on from", "fault to training", "reason"]
-    section.table(columns, rows)
+    section.table(columns, rows, right=(6,))
     known = [restart.seconds for restart in found.restarts if restart.seconds is not None]
     text = f"Median from fault to training: {seconds_text(median(known))}. " if known else ""
     if found.mtbf_s is not None:
@@ -104,11 +104,12 @@ def checkpoints_section(ledger: Sequence[Record]) -> Section:
             points = [record for record in saved if record.get(name) is not None]
             figure.add_trace(_dots(points, [record[name] for record in points], label, colour), row=1, col=1)
         points = [record for record in saved if record.get("bytes") is not None]
-        sizes = [record["bytes"] / 1e6 for record in points]
+        unit, factor = _size_unit(max((record["bytes"] for record in points), default=0))
+        sizes = [record["bytes"] / factor for record in points]
         figure.add_trace(_dots(points, sizes, "size", GREEN), row=1, col=2)
         figure.update_xaxes(title="optimizer step")
         figure.update_yaxes(title="seconds", rangemode="tozero", row=1, col=1)
-        figure.update_yaxes(title="size (MB)", rangemode="tozero", row=1, col=2)
+        figure.update_yaxes(title=f"size ({unit})", rangemode="tozero", row=1, col=2)
         figure.update_layout(height=290)
         section.figure(figure)
         modes = Counter(str(record.get("mode")) for record in saved)
@@ -130,7 +131,7 @@ def checkpoints_section(ledger: Sequence[Record]) -> Section:
 
 
 def condensed(spans: Sequence[Span], most: int = MOST_SPANS) -> list[Span]:
-    """About `most` spans: where they are more, those of work in a stretch of one attempt are sorted by label.
+    """About `most` spans: where they are more, those of work in a stretch of one attempt are put together by label.
 
     What was no work keeps its place. Sums of labels stay the same.
     """
@@ -151,7 +152,7 @@ def condensed(spans: Sequence[Span], most: int = MOST_SPANS) -> list[Span]:
         of_label: Counter[str] = Counter()
         for span in together:
             of_label[span.label] += span.seconds  # type: ignore[assignment]
-        for label in sorted(of_label, key=LABELS.index):
+        for label in of_label:  # in the order in which they came
             drawn.append(Span(begin, begin + of_label[label], label, together[0].attempt, step))
             begin += of_label[label]
     return drawn
@@ -187,7 +188,7 @@ def _timeline(found: Goodput, events: Sequence[Record]) -> go.Figure:
     figure.update_layout(
         barmode="overlay", height=150 + 38 * len(order), bargap=0.25, xaxis_title=f"{unit} since the start"
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], title="")
+    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1])
     return figure
 
 
@@ -217,6 +218,10 @@ def _amount(label: str, found: Goodput) -> tuple[str, str | None]:
 def _dots(points: Iterable[Record], values: Sequence[float], label: str, colour: str) -> go.Scatter:
     steps = [record.get("step") for record in points]
     return go.Scatter(x=steps, y=values, name=label, mode="lines+markers", line={"color": colour, "width": 1})
+
+
+def _size_unit(largest: float) -> tuple[str, float]:
+    return ("GB", 1e9) if largest >= 1e10 else ("MB", 1e6) if largest >= 1e7 else ("kB", 1e3)
 
 
 def _unit(length: float) -> tuple[str, float]:

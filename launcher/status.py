@@ -26,6 +26,7 @@ from onetrain.launcher.run_records import (
 LAST_EVENTS = 6
 PACE_RECORDS = 20  # log lines that the time left is estimated from
 GOODPUT_EVERY_S = 10.0  # its calculation takes a second for the ledger of a month
+OVER = {"run_finished": "done", "gave_up": "failed"}  # event -> state, where heartbeats.json is lost
 SLOW = 0.5  # of its deadline
 
 
@@ -99,7 +100,7 @@ class StatusReader:
         if self._goodput is None or now - self._goodput[0] >= GOODPUT_EVERY_S:
             self._goodput = now, goodput(events, ledger, now if alive else None, phase)
         found = self._goodput[1]
-        state, headline = _state(heartbeats, last, alive, now)
+        state, headline = _state(heartbeats, events, last, alive, now)
         train = [record for record in metrics if record.get("kind") == "train"]
         newest = train[-1] if train else {}
         ranks = _ranks(heartbeats, recovery, now) if heartbeats.get("state") == "running" else ()
@@ -131,7 +132,9 @@ class StatusReader:
         )
 
 
-def _state(heartbeats: dict[str, Any], last: Mapping[str, Any], alive: bool, now: float) -> tuple[str, str]:
+def _state(
+    heartbeats: dict[str, Any], events: Sequence[Mapping[str, Any]], last: Mapping[str, Any], alive: bool, now: float
+) -> tuple[str, str]:
     if heartbeats:
         state, age = str(heartbeats.get("state")), max(now - float(heartbeats.get("time", 0)), 0.0)
         if state not in LIVE_STATES:
@@ -139,6 +142,9 @@ def _state(heartbeats: dict[str, Any], last: Mapping[str, Any], alive: bool, now
         if alive:
             return state, state if state == "running" else f"{state} for {seconds_text(age)}"
         return "silent", f"no sign of life for {seconds_text(age)}; the run was {state}, its supervisor may be gone"
+    over = OVER.get(str(events[-1].get("event"))) if events else None
+    if over is not None and float(events[-1]["time"]) >= float(last.get("time", 0)):
+        return over, f"{over}, {seconds_text(max(now - float(events[-1]['time']), 0.0))} ago"
     if not last:
         return "unknown", "neither heartbeats nor a ledger: the run was made by an older version"
     age = max(now - float(last["time"]), 0.0)
