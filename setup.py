@@ -37,7 +37,17 @@ setup(
         "plotly>=6",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "pre-commit"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "jsonschema",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-psutil",
+            "pre-commit",
+        ],
         "text": ["sentence-transformers"],
         "s3": ["s3fs"],
     },
