@@ -9,6 +9,7 @@ from pathlib import Path
 from onetrain.cluster.node_agent import NO_ANSWER, STATE
 from onetrain.cluster.watch import RankView, Verdict, begun_most
 
+OLD_S = 5.0  # a beat from before that may show less than there is
 MOST_ROWS = 64  # of the table; beyond, ranks that look alike share a row
 _FRAME = re.compile(r"^\s+(?P<name>\S+) \((?P<file>.+):(?P<line>\d+)\)$")
 _COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
@@ -126,6 +127,7 @@ def _behind(views: Sequence[RankView]) -> list[str]:
     lines = []
     for group, most in sorted(begun_most(views).items()):
         counts: dict[int, list[int]] = {}
+        old = {view.rank for view in views if (view.age_s or 0.0) > OLD_S}
         for view in views:
             if group in view.collectives:
                 counts.setdefault(view.collectives[group], []).append(view.rank)
@@ -133,6 +135,7 @@ def _behind(views: Sequence[RankView]) -> list[str]:
             continue
         told = [
             f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} begun {count}"
+            + (" (when last heard)" if old.intersection(ranks) else "")
             for count, ranks in sorted(counts.items())
             if count != most
         ]

@@ -98,6 +98,11 @@ def test_the_short_message():
     assert "rank 1: no answer: nobody asked" in short_message(verdict_of(1), views, {}, "r")
 
 
+def test_counts_of_a_silent_rank_are_old():
+    text = report_text(1, verdict_of(1), [view(0), view(1, collectives=40, age_s=31.0)], {})
+    assert "rank 1 has begun 40 (when last heard) collectives of group world, the others 42" in text
+
+
 def test_what_counts_may_be_in_another_thread():
     assert last_collective(reducing(5)) == "all_reduce"
     assert last_collective(READING) is None
