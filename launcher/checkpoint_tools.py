@@ -167,7 +167,7 @@ def _one_or_all(place: str) -> tuple[CheckpointStore, list[str]]:
 def _layout(path: Path, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     with safe_open(path, "pt") as file:
         layout = {}
-        for name in file.keys():  # noqa: SIM118
+        for name in file.offset_keys():  # in the order of the file
             tensor = file.get_tensor(name)
             layout[name] = (dtype if tensor.dtype == torch.float32 else tensor.dtype, tuple(tensor.shape))
     return layout

@@ -69,6 +69,8 @@ class RunCheckpoints:
         self.best: Best | None = None
         self._best_on_disk: Best | None = None  # what best.json says
         self._saved: set[int] = set()  # steps of the checkpoints that this attempt has written
+        self._failed: set[int] = set()
+        self._prune_due = False
         self._pruning: threading.Thread | None = None
         engine.at_close.append(self._close)
 
@@ -124,12 +126,15 @@ class RunCheckpoints:
             **extra,
         }
         self.saver.save(step_name(engine.step), state, "async" if self.config.train.async_checkpoints else "sync")
+        self.poll()  # what became of the save before, which this one has waited for
 
     def found(self, step: int, metric: str, value: float) -> bool:
         """Takes note of a validation at `step`, whose checkpoint `save` has got; whether it is the best so far.
 
         best.json follows when that checkpoint is on the disk.
         """
+        if step in self._failed:  # there is no checkpoint to be the best
+            return False
         if self.best is not None and self.best.metric == metric and value <= self.best.value:
             return False
         self.best = Best(step, metric, value)
@@ -144,7 +149,7 @@ class RunCheckpoints:
         for outcome in outcomes:
             self._take_up(outcome)
         self._name_best()
-        if any(outcome.problem is None for outcome in outcomes):
+        if self._prune_due:
             self._prune()
 
     def finish(self) -> None:
@@ -163,9 +168,12 @@ class RunCheckpoints:
     def _take_up(self, outcome: SaveOutcome) -> None:
         if outcome.problem is None:
             self._saved.add(outcome.step)
+            self._prune_due = True
+            self._failed.discard(outcome.step)
             told = {name: value for name, value in asdict(outcome).items() if name != "problem"}
             self.record(kind="checkpoint", **told)
             return
+        self._failed.add(outcome.step)
         print_warning(f"{outcome.problem} Training goes on, and the next checkpoint is tried again.")
         self.record(kind="checkpoint_failed", step=outcome.step, problem=outcome.problem)
         if self.best is not None and self.best.step == outcome.step:
@@ -176,9 +184,11 @@ class RunCheckpoints:
         if self.ranks.is_main and new is not None and new.step in self._saved:
             new.save(self.run)
             self._best_on_disk = new
+            self._prune_due = True
 
     def _prune(self) -> None:
         """In a thread: large files take their time, other storage even more."""
+        self._prune_due = False
         self._wait_for_pruning()
         keep = {step_name(best.step) for best in (self.best, self._best_on_disk) if best is not None}
         self._pruning = threading.Thread(target=self._prune_now, args=(keep,), name="prune", daemon=True)
