@@ -271,7 +271,7 @@ class _Line:
         self._at = end
 
 
-def _attempts(events: Iterable[Record], ledger: Iterable[Record]) -> list[_Attempt]:
+def _attempts(events: Sequence[Record], ledger: Iterable[Record]) -> list[_Attempt]:
     found: dict[int, _Attempt] = {}
     for index, record in enumerate(events):
         if not isinstance(record.get("attempt"), int) or record.get("event") not in OF_ATTEMPTS:

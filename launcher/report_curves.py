@@ -180,7 +180,7 @@ def _grid(
     section: Section, records: Sequence[Record], wanted: Sequence[tuple[str, str, float, bool]], caption: str
 ) -> None:
     """One small plot for every (metric, axis title, factor, logarithmic) that was logged, two in a row."""
-    shown = [(name, *rest) for name, *rest in wanted if _has(records, name)]
+    shown = [entry for entry in wanted if _has(records, entry[0])]
     if not shown:
         section.note(f"Nothing of this has been logged yet: {', '.join(name for name, *_ in wanted)}.")
         return

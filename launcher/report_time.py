@@ -160,7 +160,9 @@ def condensed(spans: Sequence[Span], most: int = MOST_SPANS) -> list[Span]:
 
 def _timeline(found: Goodput, events: Sequence[Record]) -> go.Figure:
     attempts = sorted({span.attempt for span in found.spans if span.attempt is not None})
-    lanes = {attempt: f"attempt {attempt}" if len(attempts) <= MOST_LANES else "run" for attempt in attempts}
+    lanes: dict[int | None, str] = {
+        attempt: f"attempt {attempt}" if len(attempts) <= MOST_LANES else "run" for attempt in attempts
+    }
     first = found.spans[0].begin
     unit, seconds = _unit(found.spans[-1].end - first)
     reasons = {restart.attempt: restart for restart in found.restarts}
