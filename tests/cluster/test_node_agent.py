@@ -14,6 +14,9 @@ from ray import cloudpickle
 from onetrain.cluster.local_ray import ray_session
 from onetrain.cluster.node_agent import NO_ANSWER, NodeAgents, _stack
 from onetrain.cluster.options import ClusterOptions
+from onetrain.data.stream_options import StreamOptions
+from onetrain.launcher.preflight import _clocks
+from onetrain.launcher.preflight_node import Look, look, versions
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -112,6 +115,19 @@ def test_a_function_on_a_node_returns_or_raises(agents, node):
     assert isinstance(agents.run_on([node], int, ("x",))[node], ValueError)
     away = ray.get(agents.get(node).clock.remote()) - time.time()
     assert -5 < away <= 0
+
+
+def test_preflight_looks_around_on_a_node(agents, node, tmp_path):
+    """The function and its answer make the trip to the agent and back, and its clock is ours."""
+    (tmp_path / "token").write_text("seen")
+    what = Look((str(tmp_path),), (), StreamOptions(), ((str(tmp_path / "token"), "seen"),))
+    started = time.monotonic()
+    (seen,) = agents.run_on([node], look, (what,)).values()
+    assert time.monotonic() - started < 10
+    assert seen.versions | {"code": ""} == versions() | {"code": ""}  # code may be edited meanwhile
+    assert [check for check in seen.checks if check.state == "fail"] == []
+    ((clock, _),) = _clocks({node: "here"}, agents)
+    assert clock.state == "ok"
 
 
 def test_a_call_that_hangs_holds_up_nobody(agents, node):

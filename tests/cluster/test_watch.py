@@ -1,6 +1,8 @@
 """Verdicts about beats, with a clock of the test's own."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -187,3 +189,9 @@ def test_one_rank_behind_in_collectives_is_found_among_ranks_alike(beats, which)
     which %= len(alike)
     alike[which] = replace(alike[which], collectives={"world": 8})
     assert [view.rank for view in held_up_by(watch_of(alike, ranks=len(alike)).snapshot(0.0))] == [which]
+
+
+def test_the_documented_deadlines_are_those_of_the_code():
+    text = (Path(__file__).parents[2] / "docs" / "detection.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) s \|$", text, flags=re.MULTILINE)
+    assert [(phase, float(seconds)) for phase, seconds in rows] == list(DEADLINES_S.items())
