@@ -58,7 +58,7 @@ class GuardOptions:
 
     not_finite: Literal["stop", "skip", "roll_back"] = "stop"  # loss or gradient norm is NaN or infinite
     spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
-    spike_factor: float = 3.0  # a loss above the median of the last losses by so many times their usual distance to it
+    spike_factor: float = 6.0  # a loss above the median of the last losses by so many times their usual distance to it
     spike_window: int = 100  # steps that the median is of; the guard is quiet until half of them are there
     max_skips: int = 10  # batches left out in the whole run, before it stops
 

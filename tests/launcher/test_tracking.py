@@ -1,17 +1,22 @@
 import json
 import re
+import struct
+import time
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import wandb
+from wandb.proto.wandb_internal_pb2 import Record
 
 from onetrain.data.options import DataOptions
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig, TrackingOptions, TrainOptions
 from onetrain.launcher.tracking import Tracker, cut_records
 
+BLOCK = 1 << 15
 CONFIG = RunConfig("my-run", data=DataOptions(prepared="/prepared"), tracking=TrackingOptions(wandb="disabled"))
 OFFLINE = replace(CONFIG, tracking=TrackingOptions(wandb="offline", project="shop", tags=("a",)))
 AUTO = replace(CONFIG, tracking=TrackingOptions())
@@ -39,8 +44,9 @@ def test_records_are_on_disk_as_they_are_logged(tmp_path):
     tracker.log(1, {"loss": 0.5, "tokens": np.int64(7), "norm": torch.tensor(2.0)})
     tracker.log(1, {"recall@10": np.float32(0.25)}, kind="valid")
     first, second = records(tmp_path)
-    assert {key: first[key] for key in ("step", "kind", "loss", "tokens", "norm")} == {
+    assert {key: first[key] for key in ("step", "attempt", "kind", "loss", "tokens", "norm")} == {
         "step": 1,
+        "attempt": 1,
         "kind": "train",
         "loss": 0.5,
         "tokens": 7,
@@ -70,7 +76,7 @@ def test_a_table_is_recorded_at_its_step(tmp_path):
     assert table["rows"] == [["popularity", 0.5], ["model", "-"]]
 
 
-@pytest.mark.parametrize("name", ["step", "time", "kind"])
+@pytest.mark.parametrize("name", ["step", "time", "attempt", "kind"])
 def test_a_metric_cannot_take_the_name_of_a_field(tmp_path, name):
     with Tracker(CONFIG, tmp_path, is_main=True) as tracker, pytest.raises(ValueError, match=name):
         tracker.log(1, {name: 1.0})
@@ -140,6 +146,61 @@ def test_wandb_offline_keeps_one_id_over_restarts(tmp_path, capsys):
         assert part in written
     assert "wandb: offline" in capsys.readouterr().err
     assert wandb.run is None
+
+
+def wandb_history(run_dir, name):
+    """Every (step, metric) of a wandb run with its values, from the files of all its offline parts."""
+    found = defaultdict(list)
+    for path in sorted(run_dir.glob(f"wandb/offline-run-*-{name}*/run-{name}.wandb")):
+        data, at, record = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):  # LevelDB's log format, in blocks of 32 KiB
+            if BLOCK - at % BLOCK < 7:
+                at += BLOCK - at % BLOCK
+                continue
+            _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+            record += data[at + 7 : at + 7 + size]
+            at += 7 + size
+            if kind in (1, 4):  # whole, or the last part
+                parsed = Record.FromString(record)
+                for item in parsed.history.item:
+                    found[parsed.history.step.num, "/".join(item.nested_key)].append(json.loads(item.value_json))
+                record = b""
+    return {key: values for key, values in found.items() if not key[1].startswith("_")}
+
+
+def jsonl_history(run_dir):
+    return {
+        (record["step"], name if name == "attempt" else f"{record['kind']}/{name}"): [value]
+        for record in records(run_dir)
+        for name, value in record.items()
+        if name not in ("step", "time", "kind")
+    }
+
+
+def test_wandb_and_jsonl_have_one_value_per_step_over_crashes(tmp_path, capsys):
+    """Attempts: the checkpoint it goes on from, the last step, the last checkpoint it was told of, exit code."""
+    rng, names = np.random.default_rng(3), []
+    attempts = [(0, 7, 4, 1), (6, 12, 9, 1), (9, 10, 0, 1), (9, 12, 0, 0), (5, 8, 0, 0)]
+    for attempt, (start, last, kept, code) in enumerate(attempts, 1):
+        tracker = Tracker(OFFLINE, tmp_path, is_main=True, start_step=start, attempt=attempt)
+        for step in range(start + 1, last + 1):
+            tracker.log(step, {"loss": rng.random(), "norm": rng.random()})
+            if step == kept:
+                tracker.kept(step)
+            if step % 2 == 0:
+                tracker.log(step, {"recall": rng.random()}, kind="valid")
+        tracker.close(code)
+        names.append((tmp_path / "wandb_run_id").read_text().strip())
+        if code == 0:
+            history, deadline = jsonl_history(tmp_path), time.monotonic() + 20
+            assert {step for step, _ in history} == set(range(1, last + 1))
+            while wandb_history(tmp_path, names[-1]) != history and time.monotonic() < deadline:
+                time.sleep(0.05)  # its service ends the file a moment later
+            assert wandb_history(tmp_path, names[-1]) == history
+    assert len(set(names[:4])) == 1
+    # step 5 is before what wandb had got, which it cannot take back: a new run, whole from the start
+    assert names[4] != names[3]
+    assert "wandb has steps up to 12: the history up to step 5 gets a new run" in capsys.readouterr().err
 
 
 def test_a_run_that_never_resumes_gets_a_new_wandb_id(tmp_path):
