@@ -36,7 +36,7 @@ def ending_of(
     """The ending that an exception of the worker group means; None is the end of the run.
 
     `trained`: whether some attempt of the run has got as far as a step. Until then errors of starting are refused: they
-    are wrong settings more often than accidents.
+    are wrong settings more often than accidents. An error that says of itself that it is `transient` is tried again.
     """
     at: dict[str, Any] = {"step": step, "position": position, "error": error}
     if error is None:
@@ -52,7 +52,7 @@ def ending_of(
         kind = "preempted" if error.preempted else "node_lost" if error.node_lost else "died"
         return Ending(kind, str(error), error.rank, error.node, **at)
     for_the_user = hasattr(error, "exit_code") and not isinstance(error, ClusterError)
-    if (for_the_user and not getattr(error, "transient", False)) or not trained:
+    if (for_the_user or not trained) and not getattr(error, "transient", False):
         return Ending("refused", _in_short(error), **at)
     return Ending("failed", _in_short(error), **at)
 

@@ -7,6 +7,12 @@ class DataError(Exception):
     exit_code = 3
 
 
+class LateBatchError(DataError):
+    """The data service delivers nothing for too long; a service that is started anew may."""
+
+    transient = True
+
+
 class DamagedShardError(DataError):
     """A shard that is not there, or does not hold what was written. `shard` is its file name."""
 

@@ -7,5 +7,11 @@ class ParallelError(Exception):
     exit_code = 4
 
 
+class RendezvousError(ParallelError):
+    """The ranks did not meet; another attempt, on another port or other nodes, may."""
+
+    transient = True
+
+
 class DamagedCheckpointError(ParallelError):
     """Files of a checkpoint are missing, cut off or changed; another checkpoint may be whole."""

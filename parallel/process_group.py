@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.errors import ParallelError, RendezvousError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _set_here: list[str] = []  # variables that a world of one has set, and that stop() removes
@@ -159,11 +159,11 @@ def _start_given(device: torch.device, timeout: timedelta) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
         if "EADDRINUSE" in str(error) or "in use" in str(error):
-            raise ParallelError(
+            raise RendezvousError(
                 f"Rank {rank} cannot listen on {address}: the port is in use. Choose another MASTER_PORT, "
                 "or end the process that holds it."
             ) from error
-        raise ParallelError(
+        raise RendezvousError(
             f"Rank {rank} of {world_size} did not meet the others at {address} within {timeout.total_seconds():.0f} s: "
             f"{str(error).splitlines()[0]}. Check that every rank has started and can reach that address."
         ) from error

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from onetrain.data.cursor import Cursor
-from onetrain.data.errors import DataError
+from onetrain.data.errors import DataError, LateBatchError
 from onetrain.data.service.groups import find_actor
 from onetrain.data.service.messages import BuilderStatus, Member, Report, pool_name
 from onetrain.data.steps import BuiltStep, StreamSpec
@@ -75,7 +75,7 @@ class Dispatcher:
     def take(self, request: Request) -> tuple[BuiltStep, float]:
         """Wait for a requested step; returns it and the seconds of waiting. Raises what building it raised.
 
-        Raises DataError when it is later than stream.service.give_up_s.
+        Raises LateBatchError when it is later than stream.service.give_up_s.
         """
         begun = before = time.perf_counter()
         self.look(0.0)
@@ -83,7 +83,7 @@ class Dispatcher:
             late = time.perf_counter() - begun
             if late >= self._service.give_up_s:
                 line = self._late_line(request, late, self._status(set(request.asked.values())))
-                raise DataError(
+                raise LateBatchError(
                     f"{line}. stream.service.give_up_s is over; look at that shard's disk or store, at the actor's "
                     "node, and for free resources."
                 )
