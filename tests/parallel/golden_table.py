@@ -10,16 +10,18 @@ BOUND = 1e-5  # relative, of loss and gradient norm at every step
 TIMEOUT_S = 900
 
 
-def table(only: Sequence[str] | None = None, every_model: bool = True) -> list[Row]:
-    """Every run (or those named) with every optimizer, of every model or of its last one alone.
+def table(only: Sequence[str] | None = None, everything: bool = True) -> list[Row]:
+    """Every run (or those named), with every optimizer and of every model.
 
-    Each world size starts its ranks once.
+    Not `everything`: of a run's last model alone, and with the optimizers in turn. Each world size starts its ranks
+    once.
     """
+    optimizers = list(OPTIMIZERS)
     asked = [
         (run, model, optimizer)
-        for run in runs()
-        for model in (run.models if every_model else run.models[-1:])
-        for optimizer in OPTIMIZERS
+        for number, run in enumerate(runs())
+        for model in (run.models if everything else run.models[-1:])
+        for optimizer in (optimizers if everything else optimizers[number % len(optimizers) :][:1])
         if not only or run.name in only
     ]
     wanted = sorted({(model, optimizer) for _, model, optimizer in asked})

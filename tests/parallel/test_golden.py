@@ -1,4 +1,4 @@
-"""The table of golden runs: every mix on one model; benchmarks/golden.py prints it with all of them."""
+"""The table of golden runs: every mix on one model, optimizers in turn; benchmarks/golden.py prints it with all."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from golden_table import broken, table
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return table(every_model=False)
+    return table(everything=False)
 
 
 @pytest.mark.slow
