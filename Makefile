@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ROOMS := launcher model parallel data cluster
 STAMP := $(VENV)/.onetrain-setup
 
-.PHONY: setup demo test check types clean
+.PHONY: setup demo test chaos check types clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# 20 faults at random moments of a run on several Ray nodes of this machine, then nodes that go and come back; needs root.
+chaos: setup
+	$(BIN)/python tests/chaos/chaos.py
 
 check: setup
 	$(BIN)/ruff format --check .
