@@ -1,6 +1,7 @@
 """Ray's Jobs API: connect, submit, follow the log of a job, stop it, and say how it ended."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -65,12 +66,10 @@ def connect(address: str) -> JobSubmissionClient:
             f"nobody answers at {address}: {error}. Check host and port; the head's dashboard listens to other "
             "machines only if Ray was started with --dashboard-host 0.0.0.0"
         ) from error
-    token = _token()
+    own = token()
     for name in ("ray", *TALKATIVE):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = _asking(
-        address, JobSubmissionClient, address, headers={"Authorization": f"Bearer {token}"} if token else {}
-    )
+    client = _asking(address, JobSubmissionClient, address, headers={"Authorization": f"Bearer {own}"} if own else {})
     there = _asking(address, client._do_request, "GET", "/api/version").json()["ray_version"]
     if there != ray.__version__:
         raise ClusterError(
@@ -80,25 +79,25 @@ def connect(address: str) -> JobSubmissionClient:
     return client
 
 
-def _token() -> str | None:
+def token() -> str | None:
     """Ray's order: the variable, the file that a variable names, the file in the home folder."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled":
         return None
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
+    if found := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return found
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        found = path.read_text(encoding="utf-8").strip()
     except OSError:
-        token = ""
-    if not token and (named or mode == "token"):
+        found = ""
+    if not found and (named or mode == "token"):
         raise ClusterError(
             "token authentication is on (RAY_AUTH_MODE=token or RAY_AUTH_TOKEN_PATH), but there is no token: neither "
             f"RAY_AUTH_TOKEN nor {path} has one. Copy it from the head node: `ray get-auth-token` prints it there"
         )
-    return token or None
+    return found or None
 
 
 def _asking(address: str, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +253,8 @@ async def _tail(client: JobSubmissionClient, job: str, lines: _Lines) -> None:
         if step is not None:
             step.cancel()
             await asyncio.wait({step}, timeout=RETRY_S)
-        await tail.aclose()
+        with contextlib.suppress(RuntimeError, AttributeError):  # it is still waiting, or no generator
+            await tail.aclose()  # type: ignore[attr-defined]
 
 
 async def _details(client: JobSubmissionClient, job: str) -> JobDetails:

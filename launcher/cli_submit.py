@@ -106,7 +106,7 @@ def submit(
     print_message(f"job {job}; run folder on the cluster: {run_folder(options)}")
     how = (
         f"follow it: onetrain submit {config} {_again(overrides)}--address {where} --attach\n"
-        f"stop it:   ray job stop --address {where} {job}"
+        f"stop it:   {'RAY_AUTH_MODE=token ' if jobs.token() else ''}ray job stop --address {where} {job}"
     )
     if not wait:
         print_message(how)
@@ -166,10 +166,9 @@ def _write_manifest(options: RunConfig, file: str) -> None:
     from onetrain.launcher.environment import package_version
 
     service = options.stream.service
-    paths = {"storage_path": options.storage_path, "data.prepared": options.data.prepared}
+    paths: dict[str, str | None] = {"storage_path": options.storage_path, "data.prepared": options.data.prepared}
     paths |= {f"stream.mixture.{name}.prepared": part.prepared for name, part in options.stream.mixture.items()}
-    if options.train.warm_start:
-        paths["train.warm_start"] = options.train.warm_start
+    paths["train.warm_start"] = options.train.warm_start
     job = Job(
         name=options.name,
         config=config_text(options),

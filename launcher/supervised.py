@@ -35,7 +35,11 @@ def run_supervised(config: RunConfig) -> dict[str, float]:
     service = config.stream.service
     cpus = service.cpus_per_actor * (service.max_actors or service.actors)
     job = job_of(config)
-    with _stopped_by_sigterm(), ray_session(config.cluster, cpus, service.memory_gib if cpus else 0.0):
+    memory_gib = service.memory_gib if cpus else 0.0
+    with (
+        ray_session(config.cluster, cpus, memory_gib),
+        _stopped_by_sigterm(),
+    ):  # in this order: Ray sets its own handler
         if has_address(config):
             return supervise(job, _print)
         return Supervisor(job, _print).run()

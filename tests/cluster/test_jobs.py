@@ -51,20 +51,20 @@ def test_the_token_is_looked_for_in_rays_order(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert jobs._token() is None
+    assert jobs.token() is None
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ClusterError, match=r"no token.*ray get-auth-token"):
-        jobs._token()
+        jobs.token()
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("home\n")
-    assert jobs._token() == "home"
+    assert jobs.token() == "home"
     (tmp_path / "named").write_text("named")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
-    assert jobs._token() == "named"
+    assert jobs.token() == "named"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "variable")
-    assert jobs._token() == "variable"
+    assert jobs.token() == "variable"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert jobs._token() is None
+    assert jobs.token() is None
 
 
 @pytest.mark.parametrize(
