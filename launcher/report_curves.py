@@ -127,9 +127,9 @@ def data_section(train: Sequence[Record]) -> Section:
             ("data_wait", "time waiting for data (%)", 100, False),
             ("padding", "padding in batches (%)", 100, False),
             ("data/imbalance", "dearest rank over mean (%)", 100, False),
-            ("data/latency_p99_ms", "99th percentile of a step's build time (ms)", 1, False),
+            ("data/latency_p99_ms", "p99 of building a step (ms)", 1, False),
         ],
-        "Shares between two log lines, mean over ranks.",
+        "Between two log lines, mean over ranks; the dearest rank by padded work, p99 of the slowest rank.",
     )
     return section
 
@@ -144,6 +144,11 @@ def experts_section(train: Sequence[Record]) -> Section:
         return section
     records = thinned(train, MOST_COLUMNS)
     shown = [name for name in OF_LAYERS if _has(records, f"experts/layer_{layers[0]:02d}/{name}")]
+    if "dead" in shown and not any(record.get(f"experts/layer_{z:02d}/dead") for record in records for z in layers):
+        shown.remove("dead")
+        section.note("No expert was without a token between two log lines.")
+    if not shown:
+        return section
     rows = -(-len(shown) // 2)
     height = 90 + rows * (170 + 14 * len(layers))
     figure = make_subplots(rows=rows, cols=2, subplot_titles=[OF_LAYERS[name] for name in shown],

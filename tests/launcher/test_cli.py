@@ -12,7 +12,7 @@ from onetrain.cluster.errors import ClusterError
 from onetrain.data.errors import DataError
 from onetrain.launcher.cli import app
 
-VERBS = ["plan", "prepare", "append", "tokenize", "train", "debug", "evaluate", "doctor"]
+VERBS = ["plan", "prepare", "append", "tokenize", "train", "debug", "evaluate", "doctor", "status", "report"]
 
 
 @pytest.fixture(autouse=True)
