@@ -30,7 +30,8 @@ class SupervisorActor:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._count = 0
         self._outcome: Outcome | None = None
-        self._supervisor = Supervisor(self._job, self._say)
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._supervisor = Supervisor(self._job, self._say, resumed=again)
         threading.Thread(target=self._run, daemon=True).start()
 
     def digest(self) -> str:
@@ -108,7 +109,8 @@ def _find(job: Job) -> Any:
         actor = ray.get_actor(actor_name(job.name), NAMESPACE)
     except ValueError:
         return None
-    digest, (_, _, outcome) = ray.get([actor.digest.remote(), actor.news.remote(0)], timeout=RETURN_S)
+    answers: Any = ray.get([actor.digest.remote(), actor.news.remote(0)], timeout=RETURN_S)
+    digest, (_, _, outcome) = answers
     if outcome is not None and (outcome.failed_at is not None or digest != job.digest):
         ray.kill(actor)  # this command is another try
         return None

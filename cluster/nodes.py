@@ -1,6 +1,7 @@
 """What Ray does not say at once about its nodes: that one is gone, or will be."""
 
 import socket
+from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
@@ -10,7 +11,8 @@ ANSWER_S = 1.0
 
 def draining_nodes() -> set[str]:
     """Ids of nodes that Ray was told will be taken away."""
-    return set(ray_worker.global_worker.gcs_client.get_draining_nodes())
+    connection: Any = ray_worker.global_worker
+    return set(connection.gcs_client.get_draining_nodes())
 
 
 def answers(node_id: str) -> bool:

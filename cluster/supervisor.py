@@ -33,10 +33,13 @@ SUSPECT_S = 60.0  # Ray finds a dead node in less
 
 
 class Supervisor:
-    """Runs a job in this process, which holds a connection to Ray; `say` gets lines for the user."""
+    """Runs a job in this process, which holds a connection to Ray; `say` gets lines for the user.
 
-    def __init__(self, job: Job, say: Say) -> None:
-        self.job, self.say = job, say
+    `resumed`: takes the place of a supervisor whose process died, and which had checked everything.
+    """
+
+    def __init__(self, job: Job, say: Say, resumed: bool = False) -> None:
+        self.job, self.say, self.resumed = job, say, resumed
         self.events = EventLog(job.folder / EVENTS)
         self.agents = NodeAgents()
         self.state = "pending"
@@ -62,7 +65,8 @@ class Supervisor:
         self._record("supervisor_started", pid=os.getpid(), node=_own_node(), restarted=self.attempt > 0,
                      workers=job.cluster.workers, sizes=job.sizes)  # fmt: skip
         try:
-            self._preflight()
+            if not self.resumed:
+                self._preflight()
             with job.services(self.say):
                 while True:
                     ending, result = self._try()
@@ -95,7 +99,7 @@ class Supervisor:
 
     def _try(self) -> tuple[Ending, Any]:
         """One attempt, from the wait for room to its end."""
-        job, first = self.job, self._ended is None
+        job, first = self.job, self._ended is None and not self.trained
         began, checkpointed = time.monotonic(), job.checkpointed()
         size = self._room(first)
         self.attempt += 1

@@ -183,10 +183,11 @@ def small_disk(folder: Path, wanted: bool) -> Iterator[None]:
 
 def describe(recovery: Recovery) -> str:
     """A line of the table."""
+    begin = f"{recovery.fault:16} at step {recovery.step:4}"
     if recovery.detected_s is None:
-        return f"{recovery.fault:16} at step {recovery.step:4}: training went on; the next checkpoint after {recovery.total_s} s"
+        return f"{begin}: training went on; the next checkpoint after {recovery.total_s} s"
     return (
-        f"{recovery.fault:16} at step {recovery.step:4}: training again after {recovery.total_s:5.1f} s (noticed "
+        f"{begin}: training again after {recovery.total_s:5.1f} s (noticed "
         f"{recovery.detected_s:.1f}, ranks started {recovery.started_s:.1f}, first step {recovery.first_step_s:.1f})"
     )
 
@@ -212,9 +213,9 @@ def main() -> None:
     restarts = [recovery.total_s for recovery in recoveries if recovery.detected_s is not None]
     if restarts:
         print(
-            f"{len(recoveries)} faults, {len(restarts)} restarts: training again after {statistics.median(restarts):.1f} s "
-            f"in the median, {max(restarts):.1f} s at worst; losses, weights, moments and samples equal the undisturbed "
-            f"run's bit for bit"
+            f"{len(recoveries)} faults, {len(restarts)} restarts: training again after "
+            f"{statistics.median(restarts):.1f} s in the median, {max(restarts):.1f} s at worst; losses, weights, "
+            "moments and samples equal the undisturbed run's bit for bit"
         )
     if resizes:
         print(
