@@ -32,7 +32,7 @@ from onetrain.launcher.tokenize import tokenize
 from onetrain.model.options import ModelOptions, TokenizerOptions
 from onetrain.parallel.options import OptimizerOptions, ParallelOptions
 
-STEPS_PER_FAULT = 25
+STEPS_PER_FAULT = 20
 SAVE_EVERY = 5
 SILENCE_S = 6.0
 TMPFS_MIB = 48  # of the run's checkpoints, so that a disk can be full
@@ -102,7 +102,7 @@ def suffer(scene: Scene, name: str) -> Recovery:
     attempts = len(scene.events("attempt_ended"))
     scene.wait_for_training(attempts)
     scene.wait_for_checkpoint(time.time() - 30)
-    time.sleep(scene.random.uniform(0, 2))
+    time.sleep(scene.random.uniform(0, 1))
     step, begun = scene.step(), time.time()
     cost = FAULTS[name](scene)
     if cost == 0:

@@ -22,6 +22,7 @@ from onetrain.parallel.testing import free_port
 INJECT = Path(__file__).parent / "inject"
 CPUS_PER_NODE = 2
 WAIT_S = 240.0
+STEP_S = 0.1  # added to every step: all faults must be done before the run is
 
 
 class Scene:
@@ -31,7 +32,7 @@ class Scene:
         self.folder = folder
         self.random = random.Random(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ |= {"CHAOS_FOLDER": str(folder), "PYTHONPATH": str(INJECT), "OMP_NUM_THREADS": "1"}
+        os.environ |= {"CHAOS_FOLDER": str(folder), "PYTHONPATH": str(INJECT), "CHAOS_STEP_S": str(STEP_S)}
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.session = self.cluster.head_node.get_session_dir_path()
         self._hosts = 1
@@ -111,7 +112,7 @@ class Scene:
             self.driver.wait()
         self.cluster.shutdown()
         shutil.rmtree(self.session, ignore_errors=True)
-        for name in ("CHAOS_FOLDER", "PYTHONPATH"):
+        for name in ("CHAOS_FOLDER", "PYTHONPATH", "CHAOS_STEP_S"):
             os.environ.pop(name, None)
 
     def _heartbeats(self) -> dict[str, Any]:

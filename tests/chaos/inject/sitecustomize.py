@@ -1,7 +1,8 @@
 """Loaded by every Python process of a chaos run: traces what ranks train on, and makes the disk slow when asked to.
 
-$CHAOS_FOLDER/slow: while that file exists, every fsync takes so many seconds. $CHAOS_FOLDER/trace/: for each training
-process, one line a step: [step, fingerprints of the samples of this rank].
+$CHAOS_FOLDER/slow: while that file exists, every fsync takes so many seconds. $CHAOS_STEP_S: by how much a step takes longer, so
+that a fast machine is not done before all faults are. $CHAOS_FOLDER/trace/: for each training process, one line a step:
+[step, fingerprints of the samples of this rank].
 """
 
 import importlib.abc
@@ -62,6 +63,7 @@ def trace(engine_class) -> None:
     from onetrain.cluster.beacon import BEACON
 
     def train_step(self, micro_batches, *args, **kwargs):
+        time.sleep(float(os.environ.get("CHAOS_STEP_S", "0")))
         result = plain(self, micro_batches, *args, **kwargs)
         with (FOLDER / "trace" / f"{BEACON.attempt or 1:04d}_{os.getpid()}").open("a") as file:
             file.write(json.dumps([self.step, sorted(h for batch in micro_batches for h in rows(batch))]) + "\n")
