@@ -1,8 +1,8 @@
 """Loaded by every Python process of a chaos run: traces what ranks train on, and makes the disk slow when asked to.
 
-$CHAOS_FOLDER/slow: while that file exists, every fsync takes so many seconds. $CHAOS_STEP_S: by how much a step takes longer, so
-that a fast machine is not done before all faults are. $CHAOS_FOLDER/trace/: for each training process, one line a step:
-[step, fingerprints of the samples of this rank].
+$CHAOS_FOLDER/slow: while that file exists, every fsync takes so many seconds. $CHAOS_STEP_S: by how much a step takes
+longer, so that a fast machine is not done before all faults are. $CHAOS_FOLDER/trace/: for each training process, one
+line a step: [step, fingerprints of the samples of this rank].
 """
 
 import importlib.abc
