@@ -78,7 +78,7 @@ def random_history(chance):
     return history, failures
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32))
 def test_every_second_has_its_label(seed):
     history, failures = random_history(random.Random(seed))
@@ -91,7 +91,7 @@ def test_every_second_has_its_label(seed):
     assert found.mtbf_s == (found.wall_s / failures if failures else None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0, 40))
 def test_clocks_that_disagree_and_lost_records_leave_no_gap(seed, skew):
     chance = random.Random(seed)
