@@ -8,7 +8,7 @@ it. Only one save is under way at a time.
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -164,7 +164,9 @@ def snapshot_of(engine: Engine) -> Snapshot:
     return engine.snapshot
 
 
-def write_files(folder: Path, files: dict[str, Layout], content: Iterator[tuple[str, str, Iterator[Tensor]]]) -> dict:
+def write_files(
+    folder: Path, files: Mapping[str, Layout], content: Iterator[tuple[str, str, Iterator[Tensor]]]
+) -> dict:
     """Writes safetensors files of these layouts; `content` gives (file, tensor, its elements) in their order.
 
     Size and checksum of every file.

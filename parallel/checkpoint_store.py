@@ -14,6 +14,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -293,8 +294,8 @@ class RemoteStore(CheckpointStore):
             self.system.makedirs(self._at(name), exist_ok=True)
         for file in [*files, STATE]:
             source, target = self._temporary(name) / file, f"{name}/{file}"
-            self._patiently("written", target, lambda s=source, t=target: self.system.put_file(str(s), self._at(t)))
-            size = self._patiently("read", target, lambda t=target: self._size(t))
+            self._patiently("written", target, partial(self.system.put_file, str(source), self._at(target)))
+            size = self._patiently("read", target, partial(self._size, target))
             if size != source.stat().st_size:
                 raise ParallelError(f"{self.url}/{target} has {size} bytes instead of {source.stat().st_size}.")
         self.discard(name)

@@ -64,7 +64,7 @@ class SafetensorsWriter:
         """Appends the elements of a contiguous CPU tensor: the next tensor of the file, or a part of it."""
         flat = tensor.detach().reshape(-1)
         if flat.numel():
-            self._append(memoryview(flat.view(torch.uint8).numpy()))
+            self._append(flat.view(torch.uint8).numpy().data)
 
     def close(self) -> dict[str, Any]:
         """Size and checksum. ValueError when tensors are missing or too many."""
