@@ -125,7 +125,7 @@ def collectives() -> dict[str, int]:
         name = "world" if group.group_desc == "default_pg" else f"{group.group_name} {group.group_desc}"
         name = name.removesuffix(" undefined")
         with contextlib.suppress(RuntimeError):  # a backend that does not count
-            begun[name] = int(group._get_sequence_number_for_group())
+            begun[name] = int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
     return begun
 
 
