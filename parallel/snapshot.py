@@ -70,6 +70,7 @@ class Snapshot:
         if self.ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S))
         self.flats = flats(engine)
+        self.shape = canonical_shapes(engine)
         self.trainable, self.parts = self._plan()  # on rank 0; empty elsewhere
         self.runs = self._own_runs()
         self._copied_flats = sorted({run.flat for run in self.runs})
@@ -104,7 +105,7 @@ class Snapshot:
 
     def layouts(self) -> tuple[Layout, Layout]:
         """Of the model's file and of the optimizer's, on rank 0."""
-        shape = canonical_shapes(self.engine)
+        shape = self.shape
         model = {name: (torch.float32, shape[name]) for name in shape if name in self.trainable}
         model |= {name: (value.dtype, tuple(value.shape)) for name, value in self._outside.items()}
         moments = self.kinds[1:]
@@ -202,7 +203,7 @@ class Snapshot:
                     known = parts.setdefault(placement.name, [])
                     if not known or placement.dim is not None:  # else the same again
                         known.append(Part(placement, local_shape[name], runs))
-        return [name for name in canonical_shapes(self.engine) if name in parts], parts
+        return [name for name in self.shape if name in parts], parts
 
     def _own_runs(self) -> list[Run]:
         """What this rank sends, of every kind, in the order in which rank 0 receives."""
