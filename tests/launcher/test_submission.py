@@ -1,22 +1,27 @@
 """What `onetrain submit` sends and refuses; nothing is contacted and no Ray is started."""
 
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from onetrain.launcher import cli, job_entry, submission
+from onetrain.cluster.options import ClusterOptions
+from onetrain.launcher import cli, job_entry, submission, supervised
 from onetrain.launcher.config import load_config
 from onetrain.launcher.environment import PACKAGES
 from onetrain.launcher.errors import ConfigError
+from onetrain.launcher.options import RunConfig
 
 PROJECT = Path(__file__).parents[2]
 JOB = """
@@ -242,3 +247,26 @@ def test_the_entrypoint_reads_a_manifest(trained, monkeypatch):
     monkeypatch.setenv(job_entry.SUBMISSION_VARIABLE, json.dumps(submission.submission(submission.IMAGE_MUST_MATCH)))
     assert job_entry.main(["--from-environment"]) == 0
     assert Path(trained[0][2]).read_text() == "name: from-manifest\n"
+
+
+def test_a_stopped_job_stops_its_run_although_ray_handles_sigterm_too(monkeypatch):
+    """Ray's jobs stop their driver by SIGTERM, for which `ray.init` installs a handler that only ends the process."""
+
+    @contextlib.contextmanager
+    def session(*args):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        yield
+
+    def supervise(job, say):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(supervised, "job_of", lambda config: None)
+    monkeypatch.setattr(supervised, "ray_session", session)
+    monkeypatch.setattr(supervised, "supervise", supervise)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            supervised.run_supervised(RunConfig("a", cluster=ClusterOptions(address="auto")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
