@@ -19,11 +19,16 @@ _OWN_WAITING_FILE = "cluster/worker.py"  # heartbeats and printed lines
 _OUTER_FILES = ("ray/", "threading.py", "concurrent/futures/")
 
 
+def report_path(folder: Path, attempt: int) -> Path:
+    """Where the report of an attempt lies in the run's folder."""
+    return folder / f"hang_{attempt}.txt"
+
+
 def write_report(
     folder: Path, attempt: int, verdict: Verdict, views: Sequence[RankView], stacks: dict[int, str]
 ) -> Path:
     """Write hang_<attempt>.txt, atomically; OSError where that fails."""
-    path = folder / f"hang_{attempt}.txt"
+    path = report_path(folder, attempt)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(report_text(attempt, verdict, views, stacks), encoding="utf-8")

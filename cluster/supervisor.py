@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from onetrain.cluster.errors import ClusterError, HangError
 from onetrain.cluster.event_log import EVENTS, HEARTBEATS, EventLog, read_log
 from onetrain.cluster.failures import Ending, ending_of
-from onetrain.cluster.hang_report import write_report
+from onetrain.cluster.hang_report import report_path, short_message, write_report
 from onetrain.cluster.job import Job, Say
 from onetrain.cluster.node_agent import NodeAgents
 from onetrain.cluster.nodes import answers, draining_nodes
@@ -50,7 +50,9 @@ class Supervisor:
         self._ended: float | None = None  # when the attempt before ended
         self._group: WorkerGroup | None = None
         self.asked_to_drain = False
-        self.trained = any(record["event"] == "training" for record in read_log(self.events.path))
+        self.trained = job.checkpointed() > 0 or any(r["event"] == "training" for r in read_log(self.events.path))
+        self.views: list[RankView] = []  # as they were last seen
+        self._world_size = 0
 
     def run(self) -> Any:
         """The result of rank 0.
@@ -62,8 +64,10 @@ class Supervisor:
         """
         job = self.job
         self._note_a_lost_supervisor()
-        self._record("supervisor_started", pid=os.getpid(), node=_own_node(), restarted=self.attempt > 0,
+        self._record("supervisor_started", pid=os.getpid(), node=_own_node(), restarted=self.resumed,
                      workers=job.cluster.workers, sizes=job.sizes)  # fmt: skip
+        over = threading.Event()
+        threading.Thread(target=self._show_heartbeats, args=(over,), daemon=True).start()
         try:
             if not self.resumed:
                 self._preflight()
@@ -83,6 +87,7 @@ class Supervisor:
                 self._give_up(str(error))
             raise
         finally:
+            over.set()
             self.agents.close()
 
     def stop(self) -> None:
@@ -117,10 +122,12 @@ class Supervisor:
             reason = "start" if self.attempt == 1 else "next attempt"
             nodes = group.nodes
             self._record("attempt_started", world_size=size, wanted=job.sizes[0], nodes=nodes, reason=reason)
+            for node, _ in group.processes.values():
+                self.agents.get(node)  # while the node is well
             self._record("ranks_running", seconds=round(time.monotonic() - began, 3))
             if size < job.cluster.workers:
                 self.say(f"attempt {self.attempt} runs on {size} of {job.cluster.workers} ranks")
-            self._set_state("running")
+            self._set_state("running", size)
             result = group.run(job.function, job.arguments, self.say, observer)[0]
         except (Exception, KeyboardInterrupt) as failure:
             error = failure
@@ -207,9 +214,13 @@ class Supervisor:
         """Everything about ranks that hang, written down before the group is ended."""
         self.say(f"attempt {self.attempt}: {verdict.message}; reading the stacks of all ranks")
         stacks = self.agents.stacks_of(group.processes)
-        path = write_report(self.job.folder, self.attempt, verdict, views, stacks)
+        path = report_path(self.job.folder, self.attempt)
+        try:
+            write_report(self.job.folder, self.attempt, verdict, views, stacks)
+        except OSError as error:  # a full disk
+            self.say(f"warning: {path} cannot be written: {error}")
         rank = verdict.ranks[0]
-        return HangError(f"{verdict.message}. Stacks of all ranks: {path}", rank, group.nodes[rank], str(path))
+        return HangError(short_message(verdict, views, stacks, path), rank, group.nodes[rank], str(path))
 
     def look_for_room(self, group: WorkerGroup, size: int) -> None:
         """Ask for a new attempt where nodes have come back."""
@@ -252,22 +263,26 @@ class Supervisor:
         except OSError as error:  # a full disk ends no run
             self.say(f"warning: {self.events.path} cannot be written: {error}")
 
-    def _set_state(self, state: str) -> None:
-        self.state = state
-        self.write_heartbeats([], 0)
+    def _set_state(self, state: str, world_size: int = 0) -> None:
+        self.state, self._world_size, self.views = state, world_size, []
+        self._write_heartbeats()
 
-    def write_heartbeats(self, views: list[RankView], world_size: int) -> None:
+    def _show_heartbeats(self, over: threading.Event) -> None:
+        while not over.wait(HEARTBEATS_S):
+            self._write_heartbeats()
+
+    def _write_heartbeats(self) -> None:
         """The file that `onetrain status` reads."""
         path = self.job.folder / HEARTBEATS
         value = {
             "time": round(time.time(), 3),
             "state": self.state,
             "attempt": self.attempt,
-            "world_size": world_size,
+            "world_size": self._world_size,
             "wanted": self.job.sizes[0],
-            "ranks": [view.as_json() for view in views],
+            "ranks": [view.as_json() for view in self.views],
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             temporary.write_text(json.dumps(value), encoding="utf-8")
             os.replace(temporary, path)
@@ -282,7 +297,7 @@ class _Attempt:
         self._supervisor, self._group, self._size, self._since = supervisor, group, size, since
         self._first_step: int | None = None
         self._trains = False
-        self._written = self._looked_for_room = self._looked_at_nodes = time.monotonic()
+        self._looked_for_room = self._looked_at_nodes = time.monotonic()
         self._leaves = False
         self.step: int | None = None
         self.position: int | None = None
@@ -290,16 +305,13 @@ class _Attempt:
     def looked(self, views: list[RankView]) -> None:
         """See Observer."""
         now, supervisor = time.monotonic(), self._supervisor
-        main = views[0]
+        supervisor.views, main = views, views[0]
         self.step, self.position = main.step, main.position
         if main.step is not None and not self._trains:
             self._first_step = main.step if self._first_step is None else self._first_step
             if main.phase in ("step", "validation", "end") or main.step > self._first_step:
                 self._trains = supervisor.trained = True
                 supervisor._record("training", step=main.step, seconds=round(now - self._since, 3))
-        if now - self._written >= HEARTBEATS_S:
-            self._written = now
-            supervisor.write_heartbeats(views, self._size)
         if not self._leaves and now - self._looked_at_nodes >= NODES_S:
             self._looked_at_nodes = now
             self._leaves = supervisor.leave_nodes(self._group)

@@ -12,7 +12,8 @@ lost        from the last ledger record of an attempt that did not end on purpos
             recorded and that are made again (as compute, then), the time it hung, and the time until that was noticed
 restart     between the end of an attempt and the work of the next: teardown, back-off, waiting for nodes, restore
 shut_down   after the last attempt's work, until the supervisor's last record
-idle        nothing ran: from the last record of a supervisor (or of a run without one) until the user started it again
+idle        nothing ran: from the last record of a supervisor (or of a run without one) until the user started it again;
+            a supervisor that Ray made anew leaves no such time
 
 "Works" is the first data wait or step in the ledger, or the event of the first step done, whichever is earlier. The end
 of an attempt is its `attempt_ended` event, else the `end` record of its ledger, else the last record before somebody
@@ -328,7 +329,8 @@ def _laid_out(record: Record, begin: float) -> list[Span]:
 def _sessions(events: Sequence[Record], attempts: Sequence[_Attempt], now: float | None) -> list[_Session]:
     """In order of time, each ending with its last record; the last one ends `now` where the run is alive."""
     events = [record for index, record in enumerate(events) if not _is_late(events, index)]
-    starts = [_time(record) for record in events if record.get("event") == "supervisor_started"]
+    begun = [record for record in events if record.get("event") == "supervisor_started"]
+    starts = [_time(record) for record in begun if not record.get("restarted")]  # by Ray, which is no pause
     if events and (not starts or starts[0] > _time(events[0])):
         starts.insert(0, _time(events[0]))
     starts += [attempt.first_sign for attempt in attempts if not attempt.supervised]

@@ -67,7 +67,6 @@ def test_a_dead_rank_and_a_hanging_one_cost_an_attempt_each(cluster, tmp_path):
     endings = events(tmp_path, "attempt_ended")
     assert [ending["kind"] for ending in endings] == ["died", "hang", "failed", "finished"]
     assert [(e["attempt"], e["rank"]) for e in endings[:2]] == [(1, 1), (2, 1)]
-    assert [e["attempt"] for e in events(tmp_path, "training")][:2] == [1, 2]  # the others may be over too soon
     assert not events(tmp_path, "waiting")  # each attempt saved a checkpoint, so no failure followed another
     report = (tmp_path / "hang_2.txt").read_text()
     assert "count_steps" in report

@@ -179,7 +179,7 @@ def test_a_lost_supervisor_leaves_idle_time():
     """The next one writes the end of the attempt that it found open, at its own start."""
     events, ledger = example()
     late = {"time": 1160.0, "event": "attempt_ended", "attempt": 1, "kind": "died", "reason": "its supervisor was lost"}
-    again = {"time": 1160.1, "event": "supervisor_started", "attempt": 1, "restarted": True}
+    again = {"time": 1160.1, "event": "supervisor_started", "attempt": 1, "restarted": False}
     rest = [record | {"time": record["time"] + 1000} for record in events[4:]]
     entries = [record | {"time": record["time"] + 1000} for record in ledger[3:]]
     entries[0]["begun"] += 1000
@@ -190,6 +190,9 @@ def test_a_lost_supervisor_leaves_idle_time():
     (restart,) = found.restarts
     assert (restart.reason, restart.time) == ("its supervisor was lost", 160)
     assert restart.seconds == pytest.approx(1194 - 1160.1)
+    by_ray = goodput([*events[:3], late, again | {"restarted": True}, *rest], [*ledger[:3], *entries])
+    assert by_ray.seconds["idle"] == 0
+    assert by_ray.seconds["lost"] + by_ray.seconds["restart"] == pytest.approx(1030)
 
 
 def test_an_attempt_that_drained_loses_nothing_though_its_node_was_taken():
