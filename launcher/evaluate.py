@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from onetrain.cluster.event_log import LEDGER, read_log
 from onetrain.data.batch import Batch
 from onetrain.data.floors import FLOORS, Floors
 from onetrain.data.samples import Sample, Split
@@ -24,6 +25,7 @@ from onetrain.launcher.checkpoints import find_checkpoint, run_store
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.evaluator import Evaluator, Progress, Ranker, SubsetMetrics
 from onetrain.launcher.job import PreparedData, build_model
+from onetrain.launcher.ledger import last_attempt
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.tracking import Tracker
 from onetrain.model.ranking import NOT_FOUND, distinct_targets, ranking_metrics
@@ -53,7 +55,8 @@ class EvaluationTable:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
-        with Tracker(config, run_folder(config), is_main=True, start_step=None) as tracker:
+        attempt = max(last_attempt(read_log(run_folder(config) / LEDGER)), 1)
+        with Tracker(config, run_folder(config), is_main=True, start_step=None, attempt=attempt) as tracker:
             tracker.table(name, self.columns, self.rows, self.step)
         return path
 

@@ -97,10 +97,12 @@ class _Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         outcome = "finished" if error is None else error.kind if isinstance(error, AttemptEnded) else "failed"
         self.ledger.enter("end")
-        self.stream.close()
-        self.engine.close()  # a save under way may still end
-        self.ledger.end(outcome, self.engine.step, self.cursor.position)
-        self.tracker.close(0 if outcome in ("finished", "drained") else getattr(error, "exit_code", 1))
+        try:
+            self.stream.close()
+            self.engine.close()  # a save under way may still end
+        finally:
+            self.ledger.end(outcome, self.engine.step, self.cursor.position)
+            self.tracker.close(0 if outcome in ("finished", "drained") else getattr(error, "exit_code", 1))
 
     def train(self, last_step: int) -> dict[str, float]:
         """Optimizer steps up to `last_step`, with logs, validations and checkpoints on the way."""
