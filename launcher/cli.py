@@ -165,8 +165,6 @@ def train(
     if distributed and (workers is not None or address is not None):
         raise ConfigError("--workers and --address start a Ray worker group, but RANK and WORLD_SIZE are already set")
     options = load_config(config, [*(overrides or ()), *cluster_overrides(workers, address)])
-    from onetrain.launcher.supervised import run_supervised
-    from onetrain.launcher.train import train as run
     from onetrain.parallel.deepspeed_config import check_options
 
     world_size = int(os.environ["WORLD_SIZE"]) if distributed else options.cluster.workers
@@ -174,10 +172,14 @@ def train(
     if world_size > 1 and os.environ.get("RANK", "0") == "0":
         print_message(mesh.picture())
     if distributed:
+        from onetrain.launcher.train import train as run
+
         result = run(options)
         if os.environ["RANK"] != "0":
             return
     else:
+        from onetrain.launcher.supervised import run_supervised
+
         result = run_supervised(options)
     rows = [[name, value] for name, value in result.items() if name.count("/") < 2]  # not those of single layers
     print_table(f"trained {options.name}", ["", "value"], rows)

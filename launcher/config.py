@@ -241,8 +241,8 @@ def _relative_paths(given: RunConfig, absolute: RunConfig) -> Iterator[str]:
     for key, path, here in config_difference(given, absolute):
         if not key.startswith(("data.source.", "tokenizer.")):
             yield (
-                f"{key}: given {path!r}, which is relative, but the job runs on other machines; give a path that is the "
-                f"same on every node (a shared folder or a URL), for example --set {key}={here}"
+                f"{key}: given {path!r}, which is relative, but the job runs on other machines; give a path that is "
+                f"the same on every node (a shared folder or a URL), for example --set {key}={here}"
             )
 
 

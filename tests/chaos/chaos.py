@@ -68,7 +68,7 @@ def make_job(folder: Path, workers: int, steps: int, builders: int = 1) -> RunCo
         parallel=ParallelOptions(global_batch_size=48, micro_batch_size=6, zero_stage=1),
         cluster=ClusterOptions(workers=workers, cpus_per_worker=1.0),
         recovery=RecoveryOptions(silence_s=SILENCE_S, grow_every_s=3.0),
-        train=TrainOptions(steps=steps, log_every=5, checkpoint_every=SAVE_EVERY, keep_last=3),
+        train=TrainOptions(steps=steps, log_every=1, checkpoint_every=SAVE_EVERY, keep_last=3),
         evaluation=EvaluationOptions(ks=(5, 10), beam_size=12, max_users=20),
         tracking=TrackingOptions(wandb="disabled"),
     )

@@ -18,6 +18,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from toy_run import toy_job
 
+from onetrain.cluster.detached import stop_run, supervise
 from onetrain.cluster.errors import ClusterError, LostWorkerError
 from onetrain.cluster.event_log import read_log
 from onetrain.cluster.supervisor import Supervisor
@@ -134,6 +135,18 @@ def test_a_detached_supervisor_outlives_its_driver_and_its_own_process(cluster, 
     assert "'step': 60" in second.stdout
     assert [e["kind"] for e in events(tmp_path / "run", "attempt_ended")] == ["died", "finished"]
     assert [e["restarted"] for e in events(tmp_path / "run", "supervisor_started")] == [False, True]
+
+
+def test_a_run_is_stopped_by_its_name(cluster, tmp_path):
+    assert not stop_run(tmp_path.name)
+    job = toy_job(tmp_path, workers=1, steps=1000)
+    stopper = threading.Thread(target=lambda: (wait_for(lambda: events(tmp_path, "training")), stop_run(tmp_path.name)))
+    stopper.start()
+    with pytest.raises(KeyboardInterrupt):
+        supervise(job, print)
+    stopper.join()
+    assert [e["kind"] for e in events(tmp_path, "attempt_ended")] == ["stopped"]
+    assert not stop_run(tmp_path.name)  # its name is free again
 
 
 def wait_for(condition, seconds: float = 60) -> None:

@@ -132,8 +132,7 @@ def test_an_error_of_a_room_is_one_message_and_its_exit_code(job, stand_in, erro
 def test_the_error_of_a_ray_worker_is_that_of_its_cause(job, stand_in):
     wrapped = RuntimeError("ray's own text")
     wrapped.cause = DataError("shard-00003.arrow is truncated")
-    stand_in("onetrain.launcher.train", "train", None)
-    stand_in("onetrain.cluster.worker_group", "run_on_workers", failing(wrapped))
+    stand_in("onetrain.launcher.supervised", "run_supervised", failing(wrapped))
     done = onetrain("train", job)
     assert done.exit_code == 3
     assert "error: shard-00003.arrow is truncated" in done.stderr
@@ -179,21 +178,14 @@ def test_ctrl_c_of_a_real_process_ends_with_130(job):
     assert "Traceback" not in stderr
 
 
-def test_train_runs_one_function_on_ray_workers(job, stand_in):
+def test_train_runs_one_function_under_supervision(job, stand_in):
     calls = []
-
-    def run_on_workers(fn, args, options, threads_per_worker):
-        calls.append((args[0], options, threads_per_worker))
-        return [fn(*args), None, None]
-
-    stand_in("onetrain.launcher.train", "train", lambda config: {"loss": 1.25})
-    stand_in("onetrain.cluster.worker_group", "run_on_workers", run_on_workers)
+    stand_in("onetrain.launcher.supervised", "run_supervised", lambda config: calls.append(config) or {"loss": 1.25})
     arguments = ["--workers", "3", "--address", "node:6379", "--set", "train.threads_per_worker=2"]
     done = onetrain("train", job, *arguments, "--set", "cluster.workers=7", "--set", "parallel.global_batch_size=6")
     assert done.exit_code == 0, done.output
-    ((config, options, threads),) = calls
-    assert options == config.cluster
-    assert (options.workers, options.address, threads) == (3, "node:6379", 2)
+    (config,) = calls
+    assert (config.cluster.workers, config.cluster.address, config.train.threads_per_worker) == (3, "node:6379", 2)
     assert "1.2500" in done.stdout
     assert f"{config.storage_path}/job" in done.stderr
 
@@ -204,7 +196,7 @@ def test_under_torchrun_train_is_one_rank(job, stand_in, monkeypatch, rank):
     monkeypatch.setenv("WORLD_SIZE", "2")
     seen = []
     stand_in("onetrain.launcher.train", "train", lambda config: seen.append(config.name) or {"loss": 1.25})
-    stand_in("onetrain.cluster.worker_group", "run_on_workers", failing(AssertionError("Ray was started")))
+    stand_in("onetrain.launcher.supervised", "run_supervised", failing(AssertionError("Ray was started")))
     done = onetrain("train", job)
     assert done.exit_code == 0, done.output
     assert seen == ["job"]
@@ -227,7 +219,7 @@ def test_an_impossible_mesh_is_refused_before_anything_starts(job, stand_in, mon
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "3")
     stand_in("onetrain.launcher.train", "train", failing(AssertionError("training was started")))
-    stand_in("onetrain.cluster.worker_group", "run_on_workers", failing(AssertionError("Ray was started")))
+    stand_in("onetrain.launcher.supervised", "run_supervised", failing(AssertionError("Ray was started")))
     overrides = ["parallel.global_batch_size=12", *changes, *([] if torchrun else ["cluster.workers=3"])]
     done = onetrain("train", job, *(word for change in overrides for word in ("--set", change)))
     assert done.exit_code == 4, done.output
@@ -236,7 +228,7 @@ def test_an_impossible_mesh_is_refused_before_anything_starts(job, stand_in, mon
 
 def test_the_mesh_is_drawn_where_there_are_several_ranks(job, stand_in, monkeypatch):
     stand_in("onetrain.launcher.train", "train", lambda config: {"loss": 1.25})
-    stand_in("onetrain.cluster.worker_group", "run_on_workers", lambda *_, **__: [{"loss": 1.25}])
+    stand_in("onetrain.launcher.supervised", "run_supervised", lambda config: {"loss": 1.25})
     mesh = ["--set", "model.moe.experts=4", "--set", "parallel.expert_parallel=2"]
     done = onetrain("train", job, "--workers", "4", *mesh)
     assert "mesh of 4 ranks: data 4; experts over 2" in done.stderr
@@ -251,9 +243,8 @@ def test_the_mesh_is_drawn_where_there_are_several_ranks(job, stand_in, monkeypa
 
 
 def test_metrics_of_single_layers_stay_in_the_log(job, stand_in):
-    result = [{"loss": 1.25, "experts/load_max": 1.5, "experts/layer_01/load_max": 1.625}]
-    stand_in("onetrain.launcher.train", "train", None)
-    stand_in("onetrain.cluster.worker_group", "run_on_workers", lambda *_, **__: result)
+    result = {"loss": 1.25, "experts/load_max": 1.5, "experts/layer_01/load_max": 1.625}
+    stand_in("onetrain.launcher.supervised", "run_supervised", lambda config: result)
     done = onetrain("train", job, "--workers", "1")
     assert "1.5000" in done.stdout
     assert "1.6250" not in done.stdout

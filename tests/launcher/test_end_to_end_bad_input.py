@@ -13,9 +13,9 @@ import pytest
 from train_cases import changed, checkpoint, records
 from typer.testing import CliRunner
 
-from onetrain.cluster import worker_group
 from onetrain.data.options import SourceOptions
 from onetrain.data.sids import SidMap
+from onetrain.launcher import supervised
 from onetrain.launcher.cli import app
 from onetrain.launcher.config import run_folder, save_config
 from onetrain.launcher.tokenize import tokenize
@@ -150,10 +150,10 @@ def test_the_sid_map_of_other_data(copied, tmp_path, monkeypatch):
 
 
 def test_a_layout_that_does_not_fit_is_told_before_anything_starts(tiny, tmp_path, monkeypatch):
-    def start(*arguments, **options):
+    def start(config):
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr(worker_group, "run_on_workers", start)
+    monkeypatch.setattr(supervised, "run_supervised", start)
     nowhere = changed(tiny, data__prepared=str(tmp_path / "prepared"))  # so that reading data would be another error
     with nothing_changes_in(tmp_path):
         code, told = onetrain("train", nowhere, "--workers", "33")
