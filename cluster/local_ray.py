@@ -58,7 +58,7 @@ def _join(address: str) -> None:
         raise ClusterError(
             f"{address!r} (cluster.address, or RAY_ADDRESS of the environment) is the address of Ray Client or of the "
             "dashboard, which worker groups cannot use. Give host:port of the head node (usually port 6379), unset "
-            "RAY_ADDRESS for a local Ray, or run inside the cluster through `ray job submit`."
+            "RAY_ADDRESS for a local Ray, or send the job to the cluster with `onetrain submit`."
         )
     if address != "auto":
         _probe(address)

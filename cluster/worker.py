@@ -112,7 +112,7 @@ class Worker:
                 except ImportError as error:
                     raise ClusterError(
                         f"{self._where} cannot load the training function: {error}. Install the same code on every "
-                        "node, or ship it with `ray job submit --working-dir`."
+                        "node, or ship it with `onetrain submit`."
                     ) from error
                 return Outcome(cloudpickle.dumps(fn(*args)))
             except BaseException as error:
