@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onetrain.parallel.checkpoint_store import STATE, CheckpointStore, sync
 from onetrain.parallel.engine import Engine
-from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.errors import SaveError
 from onetrain.parallel.process_group import first_error
 from onetrain.parallel.safetensors_writer import Layout, SafetensorsWriter, file_order
 from onetrain.parallel.snapshot import Snapshot
@@ -71,13 +71,13 @@ class CheckpointSaver:
     def save(self, name: str, state: dict[str, Any], mode: Mode = "async") -> None:
         """Saves the engine's state as it is now, with `state` of the caller (JSON values), under `name`.
 
-        A save that fails is an outcome, and training may go on; after three in a row this raises ParallelError, on
+        A save that fails is an outcome, and training may go on; after three in a row this raises SaveError, on
         every rank.
         """
         begun = time.perf_counter()
         self._wait()
         if self._failures >= FAILURES:
-            raise ParallelError(f"{FAILURES} saves in a row have failed, the last one so: {self._newest_problem}")
+            raise SaveError(f"{FAILURES} saves in a row have failed, the last one so: {self._newest_problem}")
         snapshot = snapshot_of(self.engine)
         snapshot.take(copy=mode == "async")
         save = _Save(name, _header(self.engine, state), mode)
@@ -105,10 +105,10 @@ class CheckpointSaver:
         return told
 
     def finish(self) -> None:
-        """Waits for the save under way. Raises ParallelError, on every rank, where the newest save failed."""
+        """Waits for the save under way. Raises SaveError, on every rank, where the newest save failed."""
         self._wait()
         if self._newest_problem is not None:
-            raise ParallelError(self._newest_problem)
+            raise SaveError(self._newest_problem)
 
     def close(self) -> None:
         """Ends a save under way, unless it ends by itself in a few seconds; what was there before stays whole."""

@@ -13,5 +13,11 @@ class RendezvousError(ParallelError):
     transient = True
 
 
+class SaveError(ParallelError):
+    """A checkpoint that is needed cannot be written; another attempt may find room."""
+
+    transient = True
+
+
 class DamagedCheckpointError(ParallelError):
     """Files of a checkpoint are missing, cut off or changed; another checkpoint may be whole."""
