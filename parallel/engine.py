@@ -233,8 +233,14 @@ class Engine:
             self.deepspeed.step()
             return math.nan
         zero, infinite = self.deepspeed.optimizer, torch.tensor(math.inf, device=self.ranks.device)
-        name, norm = ("_get_norm_groups", [infinite]) if self.zero_stage == 3 else ("scaled_global_norm", infinite)
-        assert hasattr(zero, name), f"another DeepSpeed: its ZeRO {self.zero_stage} has no {name}"
+        norms: dict[str, Any] = {  # methods by which DeepSpeed's optimizers find the norm, and what these return
+            "_get_norm_groups": [infinite],  # stage 3
+            "scaled_global_norm": infinite,  # stages 1 and 2
+            "get_grads_for_norm": ([infinite], {}),  # BF16_Optimizer, which is stage 1 in bf16
+        }
+        name = next((name for name in norms if hasattr(zero, name)), None)
+        assert name is not None, f"another DeepSpeed: its {type(zero).__name__} has none of {', '.join(norms)}"
+        norm = norms[name]
         setattr(zero, name, lambda *_: norm)
         try:
             self.deepspeed.step()

@@ -23,6 +23,8 @@ ONE = replace(golden.ONE, micro_batch_size=2)  # two micro batches a step on two
 MIXES = {
     **{f"ZeRO {stage}": replace(ONE, zero_stage=stage) for stage in range(4)},
     "ZeRO 3, small ones whole": replace(ONE, zero_stage=3, deepspeed={}),
+    "ZeRO 1, bf16": replace(ONE, zero_stage=1, precision="bf16"),
+    "ZeRO 1, bf16, experts": replace(ONE, zero_stage=1, precision="bf16", expert_parallel=2),
     "ZeRO 2, bf16": replace(ONE, zero_stage=2, precision="bf16"),
     "ZeRO 2, offload": replace(ONE, zero_stage=2, offload_optimizer=True),
     "ZeRO 1, experts": replace(ONE, zero_stage=1, expert_parallel=2),
