@@ -2,14 +2,18 @@
 
 import threading
 import time
+import uuid
 from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from onetrain.cluster.errors import ClusterError
+from onetrain.cluster.event_log import EVENTS
 from onetrain.cluster.job import Job, Say
 from onetrain.cluster.supervisor import Supervisor
 from onetrain.cluster.worker import Outcome, pickle_error
@@ -19,7 +23,19 @@ HEAD = {"node:__internal_head__": 0.001}  # with the head node everything is los
 POLL_S = 0.5
 KEPT_LINES = 2000  # for followers that come later
 COLLECT_S = 300.0  # how long an ended supervisor waits for somebody to ask how it ended
+OTHERS_S = 20.0  # and how long it stays for other followers then
+ANSWER_S = 20.0
 RETURN_S = 120.0  # how long a supervisor whose process died may take to come back
+
+
+@dataclass(frozen=True)
+class News:
+    """What a follower learns."""
+
+    life: str  # of the actor's process: a supervisor that was made anew counts its lines anew
+    lines: list[str]  # after those that the follower has seen
+    seen: int  # how many there have been in all
+    outcome: Outcome | None = None  # how the run ended, if it has
 
 
 class SupervisorActor:
@@ -27,27 +43,33 @@ class SupervisorActor:
 
     def __init__(self, pickled_job: bytes) -> None:
         self._job: Job = cloudpickle.loads(pickled_job)
+        self._life = uuid.uuid4().hex
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._count = 0
         self._outcome: Outcome | None = None
+        self._told = threading.Event()
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._supervisor = Supervisor(self._job, self._say, resumed=again)
         threading.Thread(target=self._run, daemon=True).start()
 
-    def digest(self) -> str:
-        """Of the configuration that runs."""
-        return self._job.digest
+    def describe(self) -> tuple[str, str]:
+        """Digest of the configuration that runs, and the run's folder."""
+        return self._job.digest, str(self._job.folder)
 
-    def news(self, seen: int) -> tuple[list[str], int, Outcome | None]:
-        """Lines after the first `seen`, how many there have been in all, and how the run ended, if it has."""
+    def news(self, life: str, seen: int) -> News:
+        """For a follower that has seen so many lines of this life."""
         outcome = self._outcome  # before the lines: nothing is said after the end
         count, lines = self._count, list(self._lines)
-        new = count - seen if 0 <= seen <= count else count  # a supervisor that was made anew counts anew
-        return lines[-new:] if new else [], count, outcome
+        new = count - seen if life == self._life else count
+        return News(self._life, lines[-new:] if new else [], count, outcome)
 
     def stop(self) -> None:
         """End the run as by Ctrl-C."""
         self._supervisor.stop()
+
+    def told(self) -> None:
+        """A follower knows how the run ended."""
+        self._told.set()
 
     def _say(self, line: str) -> None:
         self._lines.append(line)
@@ -58,7 +80,8 @@ class SupervisorActor:
             self._outcome = Outcome(cloudpickle.dumps(self._supervisor.run()))
         except BaseException as error:
             self._outcome = Outcome(pickle_error(error, "the supervisor"), failed_at=time.time())
-        time.sleep(COLLECT_S)
+        self._told.wait(COLLECT_S)
+        time.sleep(OTHERS_S)
         ray.kill(ray.get_actor(actor_name(self._job.name), NAMESPACE))  # not a return: Ray would make it anew
 
 
@@ -81,43 +104,66 @@ def supervise(job: Job, say: Say) -> Any:
         actor = _start(job)
     else:
         say(f"found the supervisor of {job.name} on the cluster; following it")
+    follower = _Follower(actor, job, say)
     try:
-        outcome = _follow(actor, job, say)
+        outcome = follower.follow()
     except KeyboardInterrupt:
         say("stopping the run")
-        actor.stop.remote()
-        outcome = _follow(actor, job, say)
-    ray.kill(actor)  # it has told how it ended; the name is free again
+        _ask(actor, "stop")
+        outcome = follower.follow()
+    actor.told.remote()
     value = cloudpickle.loads(outcome.pickled)
     if outcome.failed_at is not None:
         raise value
     return value
 
 
-def stop_run(run: str) -> bool:
-    """Ask the supervisor of a run to stop it; whether there is one."""
+def stop_run(run: str, folder: Path) -> bool:
+    """Ask the supervisor of a run to stop it; whether there is one at work.
+
+    Raises ClusterError where that name is of a run in another folder.
+    """
     try:
-        ray.get(ray.get_actor(actor_name(run), NAMESPACE).stop.remote())
+        actor = ray.get_actor(actor_name(run), NAMESPACE)
     except ValueError:
         return False
+    if _ask(actor, "news", "", 0).outcome is not None:
+        return False
+    _, where = _ask(actor, "describe")
+    if where != str(folder):
+        raise ClusterError(f"the run {run} on this cluster is another one: it writes to {where}, not to {folder}")
+    _ask(actor, "stop")
     return True
+
+
+def _ask(actor: Any, method: str, *arguments: Any) -> Any:
+    """A supervisor's answer, also while Ray makes it anew. Raises ActorDiedError where it is gone for good."""
+    deadline = time.monotonic() + RETURN_S
+    while True:
+        try:
+            return ray.get(getattr(actor, method).remote(*arguments), timeout=ANSWER_S)
+        except ActorDiedError:
+            raise
+        except (RayError, GetTimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the supervisor has not answered for {RETURN_S:.0f} s: {error}") from error
+            time.sleep(POLL_S)
 
 
 def _find(job: Job) -> Any:
     """The supervisor of this job, also one that has ended well; None if there is none."""
     try:
         actor = ray.get_actor(actor_name(job.name), NAMESPACE)
-    except ValueError:
+        (digest, folder), outcome = _ask(actor, "describe"), _ask(actor, "news", "", 0).outcome
+    except (ValueError, ActorDiedError):
         return None
-    answers: Any = ray.get([actor.digest.remote(), actor.news.remote(0)], timeout=RETURN_S)
-    digest, (_, _, outcome) = answers
     if outcome is not None and (outcome.failed_at is not None or digest != job.digest):
         ray.kill(actor)  # this command is another try
         return None
     if digest != job.digest:
         raise ClusterError(
-            f"a run named {job.name!r} goes on under supervision on this cluster, with another configuration. Follow "
-            "it with its own configuration, stop it with `onetrain stop`, or choose another name."
+            f"a run named {job.name!r} (in {folder}) goes on under supervision on this cluster, with another "
+            "configuration. Follow it with its own configuration, stop it with `onetrain stop`, or choose another name."
         )
     return actor
 
@@ -129,28 +175,34 @@ def _start(job: Job) -> Any:
     while True:
         try:
             return actor.remote(cloudpickle.dumps(job))
-        except ValueError:  # the one that was just ended still has the name
+        except (ValueError, RayError):  # somebody was faster, or the one that was just ended still has the name
+            if (found := _find(job)) is not None:
+                return found
             if time.monotonic() > deadline:
                 raise
             time.sleep(POLL_S)
 
 
-def _follow(actor: Any, job: Job, say: Say) -> Outcome:
-    """Hand over what the supervisor says until it has ended."""
-    seen, last = 0, time.monotonic()
-    while True:
-        try:
-            lines, seen, outcome = ray.get(actor.news.remote(seen), timeout=RETURN_S)
-        except (RayError, GetTimeoutError) as error:
-            if time.monotonic() - last > RETURN_S:
+class _Follower:
+    """Hands over what a supervisor says."""
+
+    def __init__(self, actor: Any, job: Job, say: Say) -> None:
+        self.actor, self.job, self.say = actor, job, say
+        self._life, self._seen = "", 0
+
+    def follow(self) -> Outcome:
+        """Until the run has ended."""
+        while True:
+            try:
+                news: News = _ask(self.actor, "news", self._life, self._seen)
+            except (ActorDiedError, ClusterError) as error:
                 raise ClusterError(
-                    f"the supervisor of {job.name} has not answered for {RETURN_S:.0f} s: {error}. The same command "
-                    "finds it again, or starts another, which goes on from the newest checkpoint."
+                    f"the supervisor of {self.job.name} is gone ({error}); {self.job.folder / EVENTS} says what it did "
+                    "last. The same command starts another, which goes on from the newest checkpoint."
                 ) from error
-        else:
-            last = time.monotonic()
-            for line in lines:
-                say(line)
-            if outcome is not None:
-                return outcome
-        time.sleep(POLL_S)
+            self._life, self._seen = news.life, news.seen
+            for line in news.lines:
+                self.say(line)
+            if news.outcome is not None:
+                return news.outcome
+            time.sleep(POLL_S)

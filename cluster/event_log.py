@@ -3,6 +3,7 @@
 Each record has `time` (Unix seconds) and survives the process that wrote it. Each file has one writer at a time.
 """
 
+import errno
 import json
 import os
 import time
@@ -19,8 +20,11 @@ class EventLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, **fields: Any) -> dict[str, Any]:
-        """Append one record and return it; raises OSError where the disk is full."""
+    def add(self, *, durable: bool = True, **fields: Any) -> dict[str, Any]:
+        """Append one record and return it; raises OSError where the disk is full.
+
+        A `durable` one is on the disk after this; another may be lost with the machine, not with the process.
+        """
         record = {"time": round(time.time(), 3), **fields}
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -28,8 +32,13 @@ class EventLog:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            os.write(descriptor, line)
-            os.fsync(descriptor)
+            while line:  # a nearly full disk takes a part
+                written = os.write(descriptor, line)
+                if written == 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                line = line[written:]
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         return record

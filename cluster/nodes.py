@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
+from ray.util import placement_group_table
 
 ANSWER_S = 1.0
 
@@ -25,3 +26,8 @@ def answers(node_id: str) -> bool:
             except OSError:
                 return False
     return False
+
+
+def groups_that_wait() -> bool:
+    """Whether anybody's reservation waits for resources."""
+    return any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())

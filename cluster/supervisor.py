@@ -5,71 +5,76 @@ is in <run>/events.jsonl; how the ranks are doing in <run>/heartbeats.json. The 
 (`max_failures`, preemptions apart), whose users know them.
 """
 
-import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
 
-from onetrain.cluster.errors import ClusterError, HangError
-from onetrain.cluster.event_log import EVENTS, HEARTBEATS, EventLog, read_log
+from onetrain.cluster.errors import ClusterError, HangError, LostWorkerError
+from onetrain.cluster.event_log import EVENTS, LEDGER, EventLog, read_log
 from onetrain.cluster.failures import Ending, ending_of
 from onetrain.cluster.hang_report import report_path, short_message, write_report
+from onetrain.cluster.heartbeat_file import HeartbeatFile, another_supervisor
 from onetrain.cluster.job import Job, Say
-from onetrain.cluster.node_agent import NodeAgents
-from onetrain.cluster.nodes import answers, draining_nodes
+from onetrain.cluster.node_agent import NO_ANSWER, NodeAgents
+from onetrain.cluster.nodes import answers, draining_nodes, groups_that_wait
 from onetrain.cluster.room import largest, wait_for_room, workers_that_fit
 from onetrain.cluster.watch import RankView, Verdict
-from onetrain.cluster.worker_group import WorkerGroup
+from onetrain.cluster.worker_group import WorkerGroup, shortage
 
 NODES_S = 3.0  # between two looks for nodes that will be taken away
-HEARTBEATS_S = 2.0  # between two versions of heartbeats.json
+LOST = "its supervisor was lost"  # the reason of an ending that the next supervisor writes
+PAUSES_S = (1.0, 4.0, 15.0, 40.0)  # before each further try of storage that does not answer
+QUIET_S = 3.0  # of waiting for room, before it is worth a line
+T = TypeVar("T")
 SUSPECT_S = 60.0  # Ray finds a dead node in less
 
 
 class Supervisor:
     """Runs a job in this process, which holds a connection to Ray; `say` gets lines for the user.
 
-    `resumed`: takes the place of a supervisor whose process died, and which had checked everything.
+    `resumed`: takes the place of a supervisor whose process died, and which may have checked everything.
     """
 
     def __init__(self, job: Job, say: Say, resumed: bool = False) -> None:
         self.job, self.say, self.resumed = job, say, resumed
-        self.events = EventLog(job.folder / EVENTS)
         self.agents = NodeAgents()
-        self.state = "pending"
-        self.attempt = _last_attempt(job.folder)
+        self.attempt = 0
+        self.trained = self.asked_to_drain = False
+        self.events = EventLog(job.folder / EVENTS)
+        self.heartbeats = HeartbeatFile(job.folder, _own_node(), job.sizes[0])
         self._stop = threading.Event()
-        self._failures = self._preemptions = 0
+        self._failures = self._preemptions = self._checkpoint = 0
         self._suspects: dict[str, float] = {}  # node id -> when it fell silent
         self._ended: float | None = None  # when the attempt before ended
         self._group: WorkerGroup | None = None
-        self.asked_to_drain = False
-        self.trained = job.checkpointed() > 0 or any(r["event"] == "training" for r in read_log(self.events.path))
-        self.views: list[RankView] = []  # as they were last seen
-        self._world_size = 0
 
     def run(self) -> Any:
         """The result of rank 0.
 
         Raises:
-            ClusterError: not enough room, or too many failures; the last one is its cause.
+            ClusterError: not enough room, too many failures, or another supervisor works on this run.
             Exception: what the function raised for the user.
             KeyboardInterrupt: `stop` was called.
         """
         job = self.job
-        self._note_a_lost_supervisor()
-        self._record("supervisor_started", pid=os.getpid(), node=_own_node(), restarted=self.resumed,
-                     workers=job.cluster.workers, sizes=job.sizes)  # fmt: skip
-        over = threading.Event()
-        threading.Thread(target=self._show_heartbeats, args=(over,), daemon=True).start()
+        if not self.resumed and (other := another_supervisor(job.folder)) is not None:
+            raise ClusterError(
+                f"{job.folder} belongs to a run that goes on under another supervisor ({other}). Stop that one, or "
+                "choose another name."
+            )
+        checked = self._take_up_log()
+        workers = job.cluster.workers
+        self._record("supervisor_started", restarted=self.resumed, workers=workers, sizes=job.sizes, **_here())
+        self.heartbeats.start()
         try:
-            if not self.resumed:
+            if not checked:
                 self._preflight()
             with job.services(self.say):
                 while True:
@@ -83,15 +88,17 @@ class Supervisor:
             self._set_state("stopped")
             raise
         except BaseException as error:
-            if self.state != "failed":
+            if self.heartbeats.state != "failed":
                 self._give_up(str(error))
             raise
         finally:
-            over.set()
+            self.heartbeats.stop()
             self.agents.close()
 
     def stop(self) -> None:
         """From any thread: end the run as by Ctrl-C."""
+        if not self._stop.is_set():
+            self._record("stop_asked")  # which a supervisor that Ray makes anew reads
         self._stop.set()
         if (group := self._group) is not None:
             group.stop()
@@ -105,14 +112,15 @@ class Supervisor:
     def _try(self) -> tuple[Ending, Any]:
         """One attempt, from the wait for room to its end."""
         job, first = self.job, self._ended is None and not self.trained
-        began, checkpointed = time.monotonic(), job.checkpointed()
+        began, checkpointed = time.monotonic(), self._checkpointed()
         size = self._room(first)
         self.attempt += 1
         self._set_state("starting")
         self.asked_to_drain = False
-        self._group = group = WorkerGroup(
-            replace(job.cluster, workers=size), job.threads_per_worker, self.attempt, job.recovery
-        )
+        options = replace(job.cluster, workers=size)
+        first_here = self._ended is None and not self.resumed
+        group = WorkerGroup(options, job.threads_per_worker, self.attempt, job.recovery, first_here)
+        self._group = group
         observer = _Attempt(self, group, size, began if self._ended is None else self._ended)
         result, error = None, None
         try:
@@ -130,13 +138,13 @@ class Supervisor:
             self._set_state("running", size)
             result = group.run(job.function, job.arguments, self.say, observer)[0]
         except (Exception, KeyboardInterrupt) as failure:
-            error = failure
+            error = KeyboardInterrupt() if self._stop.is_set() else failure
         ended = time.monotonic()
         self._end_group(group, error)
         ending = ending_of(error, observer.step, observer.position, self.trained, self.asked_to_drain)
         self._record("attempt_ended", **ending.fields())
         self._ended = ended
-        if job.checkpointed() > checkpointed:
+        if self._checkpointed() > checkpointed:
             self._failures = 0
         if isinstance(error, KeyboardInterrupt):
             raise error
@@ -148,15 +156,18 @@ class Supervisor:
         if first and recovery.min_workers is None:
             return job.sizes[0]  # the group itself waits, and shows what is missing
         timeout_s = job.cluster.start_timeout_s if first else recovery.wait_for_nodes_s
-        self._set_state("waiting")
-        size = wait_for_room(job.cluster, job.sizes, timeout_s, self._stop.is_set, self._silent_nodes)
+        size = wait_for_room(job.cluster, job.sizes, QUIET_S, self._stop.is_set, self._silent_nodes)
+        if size != job.sizes[0]:
+            self._set_state("waiting")
+            self._record("waiting", seconds=timeout_s, reason="room for all ranks")
+            self.say(f"waiting for room for {job.sizes[-1]} to {job.sizes[0]} ranks, {timeout_s:g} s at most")
+            size = wait_for_room(job.cluster, job.sizes, timeout_s, self._stop.is_set, self._silent_nodes)
         if self._stop.is_set():
             raise KeyboardInterrupt
         if size is None:
-            room = workers_that_fit(job.cluster, free=True)
             raise ClusterError(
-                f"after {timeout_s:g} s the cluster has room for {room} workers, and the run needs {job.sizes[-1]} at "
-                "least. Add or free nodes and start it again: it goes on from its newest checkpoint."
+                f"{shortage(replace(job.cluster, workers=job.sizes[-1]), timeout_s)}\n"
+                f"The run needs {job.sizes[-1]} ranks at least; started again, it goes on from its newest checkpoint."
             )
         return size
 
@@ -195,8 +206,8 @@ class Supervisor:
 
     def _fail(self, why: str, ending: Ending) -> None:
         self._give_up(f"{why}: {ending.reason}")
+        self.say(f"given up: {why}")
         assert ending.error is not None
-        ending.error.add_note(f"given up: {why}")
         raise ending.error
 
     def _give_up(self, reason: str) -> None:
@@ -207,23 +218,30 @@ class Supervisor:
         """End every process of the group, also one that is stopped and hears nothing."""
         self._group = None
         if isinstance(error, HangError):
-            self.agents.kill(group.processes)
+            self.agents.kill(_reachable(group))
         group.shut_down()
 
-    def hang(self, group: WorkerGroup, verdict: Verdict, views: list[RankView]) -> HangError:
-        """Everything about ranks that hang, written down before the group is ended."""
+    def hang(self, group: WorkerGroup, verdict: Verdict, views: list[RankView]) -> ClusterError:
+        """What to raise for ranks that hang, once everything about it is written down before the group is ended."""
+        rank = verdict.ranks[0]
+        node, address = group.processes[rank][0], group.nodes[rank]
+        if verdict.kind == "silent" and not answers(node):
+            return LostWorkerError(f"{verdict.message}, and its node does not answer", rank, address, node_lost=True)
         self.say(f"attempt {self.attempt}: {verdict.message}; reading the stacks of all ranks")
-        stacks = self.agents.stacks_of(group.processes)
+        reachable = _reachable(group)
+        stacks = {rank: f"{NO_ANSWER}the node does not answer" for rank in group.processes.keys() - reachable.keys()}
+        stacks |= self.agents.stacks_of(reachable)
         path = report_path(self.job.folder, self.attempt)
         try:
             write_report(self.job.folder, self.attempt, verdict, views, stacks)
         except OSError as error:  # a full disk
             self.say(f"warning: {path} cannot be written: {error}")
-        rank = verdict.ranks[0]
-        return HangError(short_message(verdict, views, stacks, path), rank, group.nodes[rank], str(path))
+        return HangError(short_message(verdict, views, stacks, path), rank, address, str(path))
 
     def look_for_room(self, group: WorkerGroup, size: int) -> None:
         """Ask for a new attempt where nodes have come back."""
+        if groups_that_wait():
+            return  # what is free is theirs, and what this run would give back could be too
         room = size + workers_that_fit(self.job.cluster, free=True, without=self._silent_nodes())
         larger = largest(self.job.sizes, room)
         if larger is not None and larger > size:
@@ -247,14 +265,44 @@ class Supervisor:
                 del self._suspects[node]
         return set(self._suspects)
 
-    def _note_a_lost_supervisor(self) -> None:
-        """End in the log what a supervisor before this one had begun and could not end."""
-        last = next((r for r in reversed(read_log(self.events.path)) if r["event"].startswith("attempt_")), None)
-        if last is not None and last["event"] == "attempt_started":
-            fields = Ending("died", "its supervisor was lost").fields()
-            self.events.add(event="attempt_ended", attempt=last["attempt"], **fields)
+    def _take_up_log(self) -> bool:
+        """What earlier supervisors of the run have left; whether everything was checked by one that this one replaces.
 
-    def _record(self, event: str, **fields: Any) -> None:
+        Raises KeyboardInterrupt where that one was asked to stop.
+        """
+        log = _patiently(lambda: read_log(self.events.path))
+        self.attempt = _patiently(lambda: _last_attempt(self.job.folder, log))
+        self._checkpoint = _patiently(self.job.checkpointed)
+        self.trained = self._checkpoint > 0 or any(record["event"] == "training" for record in log)
+        attempts = [record for record in log if record["event"] in ("attempt_started", "attempt_ended")]
+        if attempts and attempts[-1]["event"] == "attempt_started":
+            lost = Ending("died", LOST, step=self._checkpoint)
+            attempts.append(self._record("attempt_ended", attempt=attempts[-1]["attempt"], **lost.fields()))
+        for record in reversed(attempts):  # supervisors that die again and again at one place
+            if record["event"] == "attempt_ended":
+                if (record["reason"], record["step"]) != (LOST, self._checkpoint):
+                    break
+                self._failures += 1
+        if not self.resumed:
+            self._failures = 0
+            return False
+        since = [record["event"] for record in log]
+        since = since[len(since) - since[::-1].index("supervisor_started") :] if "supervisor_started" in since else []
+        if "stop_asked" in since:
+            raise KeyboardInterrupt
+        if self._failures > self.job.recovery.max_failures:
+            raise ClusterError(f"{self._failures} supervisors of this run died without a new checkpoint between them")
+        return any(record["event"] == "preflight" and record["ok"] for record in log)
+
+    def _checkpointed(self) -> int:
+        """The step of the newest checkpoint, as far as the storage answers."""
+        try:
+            self._checkpoint = self.job.checkpointed()
+        except Exception as error:  # of any kind of storage; the next attempt will tell
+            self.say(f"warning: the checkpoints cannot be listed: {error}")
+        return self._checkpoint
+
+    def _record(self, event: str, **fields: Any) -> dict[str, Any]:
         record = {"event": event, **fields}
         if self.attempt and "attempt" not in record:
             record["attempt"] = self.attempt
@@ -262,32 +310,10 @@ class Supervisor:
             self.events.add(**record)
         except OSError as error:  # a full disk ends no run
             self.say(f"warning: {self.events.path} cannot be written: {error}")
+        return record
 
     def _set_state(self, state: str, world_size: int = 0) -> None:
-        self.state, self._world_size, self.views = state, world_size, []
-        self._write_heartbeats()
-
-    def _show_heartbeats(self, over: threading.Event) -> None:
-        while not over.wait(HEARTBEATS_S):
-            self._write_heartbeats()
-
-    def _write_heartbeats(self) -> None:
-        """The file that `onetrain status` reads."""
-        path = self.job.folder / HEARTBEATS
-        value = {
-            "time": round(time.time(), 3),
-            "state": self.state,
-            "attempt": self.attempt,
-            "world_size": self._world_size,
-            "wanted": self.job.sizes[0],
-            "ranks": [view.as_json() for view in self.views],
-        }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            temporary.write_text(json.dumps(value), encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError:  # a full disk: the next one may succeed
-            temporary.unlink(missing_ok=True)
+        self.heartbeats.set(state, self.attempt, world_size)
 
 
 class _Attempt:
@@ -305,11 +331,11 @@ class _Attempt:
     def looked(self, views: list[RankView]) -> None:
         """See Observer."""
         now, supervisor = time.monotonic(), self._supervisor
-        supervisor.views, main = views, views[0]
+        supervisor.heartbeats.views, main = views, views[0]
         self.step, self.position = main.step, main.position
         if main.step is not None and not self._trains:
             self._first_step = main.step if self._first_step is None else self._first_step
-            if main.phase in ("step", "validation", "end") or main.step > self._first_step:
+            if main.phase in ("step", "validation") or main.step > self._first_step:
                 self._trains = supervisor.trained = True
                 supervisor._record("training", step=main.step, seconds=round(now - self._since, 3))
         if not self._leaves and now - self._looked_at_nodes >= NODES_S:
@@ -323,14 +349,34 @@ class _Attempt:
             self._looked_for_room = now
             supervisor.look_for_room(self._group, self._size)
 
-    def hangs(self, verdict: Verdict, views: list[RankView]) -> HangError:
+    def hangs(self, verdict: Verdict, views: list[RankView]) -> ClusterError:
         """See Observer."""
         return self._supervisor.hang(self._group, verdict, views)
 
 
-def _last_attempt(folder: Path) -> int:
-    records = [*read_log(folder / EVENTS), *read_log(folder / "ledger.jsonl")]
+def _reachable(group: WorkerGroup) -> dict[int, tuple[str, int]]:
+    """The processes on nodes that answer."""
+    alive = {node: answers(node) for node in {node for node, _ in group.processes.values()}}
+    return {rank: process for rank, process in group.processes.items() if alive[process[0]]}
+
+
+def _last_attempt(folder: Path, log: list[dict[str, Any]]) -> int:
+    records = [*log, *read_log(folder / LEDGER)]
     return max((record["attempt"] for record in records if isinstance(record.get("attempt"), int)), default=0)
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Storage that is away for a moment is no reason to give up a run."""
+    for pause in PAUSES_S:
+        try:
+            return read()
+        except Exception:
+            time.sleep(pause)
+    return read()
+
+
+def _here() -> dict[str, Any]:
+    return {"pid": os.getpid(), "node": _own_node()}
 
 
 def _own_node() -> str:

@@ -68,12 +68,14 @@ class Mailbox:
 class Worker:
     """An actor that runs a function as one rank, in the main thread of its process."""
 
-    def __init__(self, rank: int, node: str, mailbox: Any, heartbeat_s: float, attempt: int | None) -> None:
+    def __init__(
+        self, rank: int, node: str, mailbox: Any, heartbeat_s: float, attempt: int | None, first: bool
+    ) -> None:
         self._where = f"rank {rank} on node {node}"
         self._rank = rank
         self._mailbox = mailbox
         self._heartbeat_s = heartbeat_s
-        BEACON.attempt = attempt
+        BEACON.attempt, BEACON.first = attempt, first
 
     def pid(self) -> int:
         """Process id, once the actor runs."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 STOP_GRACE_S = 5.0  # between asking the workers to stop and killing them
 LOOK_S = 0.5  # between two looks at heartbeats
+END_GRACE_S = 60.0  # for ranks that tidy up after an error of all ranks
+BEATS_PER_S = 250  # in all, that a mailbox is asked to take
 SILENT_BEATS = 4  # heartbeats that a rank has missed when it counts as the cause of others' broken connections
 FAILURE_GRACE_S = 2.0  # one failing rank breaks the others' collectives; wait this long for the cause among the effects
 
@@ -80,7 +82,8 @@ class Observer(Protocol):
 class WorkerGroup:
     """`options.workers` actors in one placement group; `start`, `run` once, and always `shut_down`.
 
-    `attempt` numbers the try of a supervised run; `recovery` says how often ranks show themselves, and when they hang.
+    `attempt` numbers the try of a supervised run, and `first` says whether it is the first since the user's command;
+    `recovery` says how often ranks show themselves, and when they hang.
     """
 
     def __init__(
@@ -89,13 +92,15 @@ class WorkerGroup:
         threads_per_worker: int,
         attempt: int | None = None,
         recovery: RecoveryOptions | None = None,
+        first: bool = True,
     ) -> None:
         self.nodes: list[str] = []  # node address of each rank
         self.processes: dict[int, tuple[str, int]] = {}  # rank -> (node id, pid)
         self._options = options
         self._threads_per_worker = threads_per_worker
-        self._attempt = attempt
+        self._attempt, self._first = attempt, first
         self._recovery = recovery or RecoveryOptions()
+        self._heartbeat_s = max(self._recovery.heartbeat_s, options.workers / BEATS_PER_S)
         self._stop_wanted = threading.Event()
         self._placement: PlacementGroup | None = None
         self._workers: list[Any] = []
@@ -113,8 +118,10 @@ class WorkerGroup:
         if options.gpus_per_worker:
             bundle["GPU"] = options.gpus_per_worker
         self._placement = placement_group([bundle] * options.workers, strategy="PACK")
-        if not self._placement.wait(options.start_timeout_s):
-            raise ClusterError(_shortage(options))
+        while not self._placement.wait(LOOK_S):
+            self._heed_stop()
+            if time.monotonic() > deadline:
+                raise ClusterError(shortage(options, options.start_timeout_s))
 
         places = _sorted_places(self._placement)
         self.nodes = [address for address, _, _ in places]
@@ -129,33 +136,32 @@ class WorkerGroup:
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, bundle_index),
             )
-            arguments = (rank, address, self._mailbox, self._recovery.heartbeat_s, self._attempt)
+            arguments = (rank, address, self._mailbox, self._heartbeat_s, self._attempt, self._first)
             self._workers.append(actor.remote(*arguments))
+        slow = (
+            f"the {options.workers} workers were placed but did not start within cluster.start_timeout_s = "
+            f"{options.start_timeout_s:g} s; raise it if the nodes are slow to import, and see Ray's worker logs"
+        )
         try:
-            pids = ray.get([w.pid.remote() for w in self._workers], timeout=deadline - time.monotonic())
-        except GetTimeoutError:
-            raise ClusterError(
-                f"the {options.workers} workers were placed but did not start within cluster.start_timeout_s = "
-                f"{options.start_timeout_s:g} s; raise it if the nodes are slow to import, and see Ray's worker logs"
-            ) from None
+            pids = self._get([worker.pid.remote() for worker in self._workers], deadline, slow)
         except RayError as error:
             raise ClusterError(
                 f"a worker did not start; is onetrain installed on every node? Ray says: {error}"
             ) from error
 
         self.processes = {rank: (node_id, pids[rank]) for rank, (_, node_id, _) in enumerate(places)}
-        port = ray.get(self._workers[0].find_port.remote(options.master_port))
-        if port is None:
-            raise ClusterError(
-                f"port {options.master_port} is in use on node {self.nodes[0]}, where rank 0 runs; choose another "
-                "cluster.master_port, or leave it out to take a free one"
-            )
-        ray.get(
-            [
-                worker.set_up.remote(environment, os.getcwd())
-                for worker, environment in zip(self._workers, self._environments(places, port), strict=True)
-            ]
-        )
+        try:
+            (port,) = self._get([self._workers[0].find_port.remote(options.master_port)], deadline, slow)
+            if port is None:
+                raise ClusterError(
+                    f"port {options.master_port} is in use on node {self.nodes[0]}, where rank 0 runs; choose another "
+                    "cluster.master_port, or leave it out to take a free one"
+                )
+            environments = zip(self._workers, self._environments(places, port), strict=True)
+            self._get([worker.set_up.remote(values, os.getcwd()) for worker, values in environments], deadline, slow)
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LostWorkerError(f"a worker died while it was set up. Ray says: {reason}", 0, self.nodes[0]) from error
 
     def run(
         self,
@@ -173,22 +179,26 @@ class WorkerGroup:
         watch = Watch(self._recovery, len(self._workers), time.monotonic(), self.nodes)
         look = self._mailbox.take.remote(LOOK_S)
         outcomes: dict[int, Outcome | ClusterError] = {}
-        give_up = float("inf")
+        give_up = last_end = float("inf")
         try:
-            while pending and (left := give_up - time.monotonic()) > 0:
+            while pending:
+                left = give_up - time.monotonic()
+                if left <= 0 and not (give_up < last_end and self._tidy_up(outcomes, watch)):
+                    break
                 # `look` last, so that steady printing cannot hide a failed rank
-                ready, _ = ray.wait([*pending, look], timeout=None if left == float("inf") else left)
+                ready, _ = ray.wait([*pending, look], timeout=None if left == float("inf") else max(left, LOOK_S))
                 for ref in ready:
                     if ref == look:
-                        look = self._taken(look, on_message, watch, observer if give_up == float("inf") else None)
+                        taken, look = look, self._mailbox.take.remote(LOOK_S)
+                        self._take_up(taken, on_message, watch, observer if give_up == float("inf") else None)
                         continue
                     rank = pending.pop(ref)
                     watch.done(rank)
                     outcomes[rank] = outcome = self._outcome(ref, rank)
                     if isinstance(outcome, ClusterError) or outcome.failed_at is not None:
                         give_up = min(give_up, time.monotonic() + FAILURE_GRACE_S)
-                if self._stop_wanted.is_set():
-                    raise KeyboardInterrupt
+                        last_end = min(last_end, time.monotonic() + END_GRACE_S)
+                self._heed_stop()
         except (KeyboardInterrupt, SystemExit):
             self._mailbox.wish.remote(STOP, "stopped")
             ray.wait(list(pending), num_returns=len(pending), timeout=STOP_GRACE_S)
@@ -236,8 +246,8 @@ class WorkerGroup:
             for rank, node_id in enumerate(node_ids)
         ]
 
-    def _taken(self, look: Any, on_message: Callable[[str], None], watch: Watch, observer: Observer | None) -> Any:
-        """Handle one look at the mailbox, and begin the next."""
+    def _take_up(self, look: Any, on_message: Callable[[str], None], watch: Watch, observer: Observer | None) -> None:
+        """One look at the mailbox."""
         lines, beats = ray.get(look)
         _deliver(lines, on_message)
         now = time.monotonic()
@@ -247,7 +257,28 @@ class WorkerGroup:
             observer.looked(views := watch.snapshot(now))
             if (verdict := watch.verdict(now)) is not None:
                 raise observer.hangs(verdict, views)
-        return self._mailbox.take.remote(LOOK_S)
+
+    def _tidy_up(self, outcomes: dict[int, Outcome | ClusterError], watch: Watch) -> bool:
+        """Whether all ranks met an error of their own making, and those that are left are about to end."""
+        for outcome in outcomes.values():
+            if isinstance(outcome, ClusterError):
+                return False
+            if outcome.failed_at is not None and not hasattr(cloudpickle.loads(outcome.pickled), "exit_code"):
+                return False
+        views = watch.snapshot(time.monotonic())
+        return all(view.phase == "end" for view in views if view.rank not in outcomes)
+
+    def _get(self, refs: list[Any], deadline: float, too_late: str) -> list[Any]:
+        """`ray.get` that a wish to stop ends, and that raises ClusterError after the deadline."""
+        while len(ray.wait(refs, num_returns=len(refs), timeout=LOOK_S)[0]) < len(refs):
+            self._heed_stop()
+            if time.monotonic() > deadline:
+                raise ClusterError(too_late)
+        return ray.get(refs)
+
+    def _heed_stop(self) -> None:
+        if self._stop_wanted.is_set():
+            raise KeyboardInterrupt
 
     def _outcome(self, ref: Any, rank: int) -> Outcome | LostWorkerError:
         """How a rank ended."""
@@ -265,7 +296,7 @@ class WorkerGroup:
 
     def _gone(self, views: list[RankView]) -> LostWorkerError | None:
         """The first rank that has neither ended nor shown itself of late."""
-        limit = SILENT_BEATS * self._recovery.heartbeat_s
+        limit = SILENT_BEATS * self._heartbeat_s
         silent = {view.rank: view.age_s for view in views if view.age_s is not None and view.age_s > limit}
         if not silent:
             return None
@@ -307,7 +338,7 @@ def _raise_first_failure(outcomes: dict[int, Outcome | ClusterError], gone: Clus
         raise [*meant_for_the_user, *([] if gone is None else [gone]), *errors][0]
 
 
-def _shortage(options: ClusterOptions) -> str:
+def shortage(options: ClusterOptions, waited_s: float) -> str:
     """The wanted resources beside those of the cluster, as a small table."""
     total, free = ray.cluster_resources(), ray.available_resources()
     worker = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
@@ -321,7 +352,7 @@ def _shortage(options: ClusterOptions) -> str:
     width = max(len(name) for name in rows)
     table = "\n".join(f"  {name:{width}}{row.get('CPU', 0):8g}{row.get('GPU', 0):8g}" for name, row in rows.items())
     return (
-        f"not enough resources for the worker group after cluster.start_timeout_s = {options.start_timeout_s:g} s:\n"
+        f"not enough resources for the worker group after {waited_s:g} s:\n"
         f"  {'':{width}}{'CPU':>8}{'GPU':>8}\n{table}\n"
         "Lower cluster.workers, cpus_per_worker or gpus_per_worker, or free or add nodes; one node must hold a worker."
     )

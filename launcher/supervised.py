@@ -48,7 +48,7 @@ def run_supervised(config: RunConfig) -> dict[str, float]:
 def stop_supervised(config: RunConfig) -> bool:
     """Stop a run that goes on under supervision on the cluster; whether there is one."""
     with ray_session(config.cluster):
-        return stop_run(config.name)
+        return stop_run(config.name, run_folder(config).absolute())
 
 
 def job_of(config: RunConfig) -> Job:
@@ -102,6 +102,7 @@ def _services(config: RunConfig, say: Say) -> Iterator[None]:
 
 
 def _digest(config: RunConfig) -> str:
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, address=None))  # of one cluster
     return xxhash.xxh3_64_hexdigest(json.dumps(dataclasses.asdict(config), sort_keys=True, default=str).encode())
 
 

@@ -138,15 +138,58 @@ def test_a_detached_supervisor_outlives_its_driver_and_its_own_process(cluster, 
 
 
 def test_a_run_is_stopped_by_its_name(cluster, tmp_path):
-    assert not stop_run(tmp_path.name)
+    assert not stop_run(tmp_path.name, tmp_path)
     job = toy_job(tmp_path, workers=1, steps=1000)
-    stopper = threading.Thread(target=lambda: (wait_for(lambda: events(tmp_path, "training")), stop_run(tmp_path.name)))
+    stopper = threading.Thread(
+        target=lambda: (wait_for(lambda: events(tmp_path, "training")), stop_run(tmp_path.name, tmp_path))
+    )
     stopper.start()
     with pytest.raises(KeyboardInterrupt):
         supervise(job, print)
     stopper.join()
     assert [e["kind"] for e in events(tmp_path, "attempt_ended")] == ["stopped"]
-    assert not stop_run(tmp_path.name)  # its name is free again
+    assert not stop_run(tmp_path.name, tmp_path)
+
+
+def test_nodes_that_will_be_taken_away_end_an_attempt_in_good_order(cluster, tmp_path):
+    goes = cluster.add_node(num_cpus=4, node_ip_address="127.0.0.4")
+    ended = {}
+    thread = threading.Thread(target=lambda: ended.update(result=run(toy_job(tmp_path, workers=2, steps=60))[0]))
+    thread.start()
+    wait_for(lambda: events(tmp_path, "training"))
+    victim = next(
+        n for n in ray.nodes() if n["NodeManagerAddress"] == events(tmp_path, "attempt_started")[0]["nodes"][0]
+    )
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
+    command += ["--node-id", victim["NodeID"], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    subprocess.run([*command, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
+    thread.join(timeout=90)
+    first, last = events(tmp_path, "attempt_ended")
+    assert (first["kind"], last["kind"]) == ("preempted", "finished")
+    assert "will be taken away" in first["reason"]
+    assert victim["NodeManagerAddress"] not in events(tmp_path, "attempt_started")[1]["nodes"]
+    assert ended["result"]["step"] == 60
+    cluster.remove_node(goes, allow_graceful=False)
+
+
+def test_two_supervisors_do_not_work_on_one_run(cluster, tmp_path):
+    def runs_on() -> None:
+        time.sleep(60)
+
+    first = Supervisor(replace(toy_job(tmp_path, workers=1), function=runs_on, arguments=()), print)
+
+    def is_stopped() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+
+    thread = threading.Thread(target=is_stopped)
+    thread.start()
+    wait_for(lambda: events(tmp_path, "ranks_running"))
+    with pytest.raises(ClusterError, match="another supervisor"):
+        run(toy_job(tmp_path, workers=1))
+    first.stop()
+    thread.join(timeout=30)
+    assert [e["kind"] for e in events(tmp_path, "attempt_ended")] == ["stopped"]
 
 
 def wait_for(condition, seconds: float = 60) -> None:
