@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onetrain.cluster.beacon import BEACON
 from onetrain.data.cursor import Cursor
 from onetrain.launcher import conversion
-from onetrain.launcher.checkpoints import Best, load_best, run_store
+from onetrain.launcher.checkpoints import BEST, Best, load_best, run_store
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_warning
 from onetrain.launcher.errors import ConfigError
@@ -16,12 +17,13 @@ from onetrain.launcher.job import PreparedData
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.resume import check_model, check_order, read_cursor
 from onetrain.parallel import checkpoint as checkpoints
+from onetrain.parallel.checkpoint_agreement import Agreement, agreement_of
 from onetrain.parallel.checkpoint_saver import CheckpointSaver, SaveOutcome
 from onetrain.parallel.checkpoint_store import CheckpointStore, open_checkpoint, step_name
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import DamagedCheckpointError, ParallelError
 from onetrain.parallel.param_groups import learning_rate_factor
-from onetrain.parallel.process_group import Ranks, broadcast_object, raise_together
+from onetrain.parallel.process_group import Ranks
 
 DROPOUT = "a step's generator: xxh3_64 of seed/step/data rank"  # `_step_seed` of train.py; no generator is saved
 
@@ -42,7 +44,6 @@ class _Found:
     names: list[str]
     whole: str | None = None  # the newest whole one
     damaged: tuple[tuple[str, str], ...] = ()  # newer than that, with their problems
-    error: str | None = None
 
 
 def _nowhere(**_: Any) -> None:
@@ -66,10 +67,13 @@ class RunCheckpoints:
         self.run = run_folder(config)
         self.store = run_store(config)
         self.saver = CheckpointSaver(engine, self.store)
+        self.agreement = agreement_of(engine)
+        self._may_resume = config.train.resume == "auto" or not BEACON.first  # a later attempt finds its own
         self.best: Best | None = None
         self._best_on_disk: Best | None = None  # what best.json says
         self._saved: set[int] = set()  # steps of the checkpoints that this attempt has written
         self._failed: set[int] = set()
+        self._warned_of: Best | None = None  # which best.json could not be written
         self._prune_due = False
         self._pruning: threading.Thread | None = None
         engine.at_close.append(self._close)
@@ -83,6 +87,7 @@ class RunCheckpoints:
         found = self._find()
         if not found.names:
             self._warm_start()
+            self.agreement.from_main(self.store.sweep)
             return None
         if found.whole is None:
             problems = "; ".join(problem for _, problem in found.damaged) or "all of them were found damaged before"
@@ -90,22 +95,19 @@ class RunCheckpoints:
                 f"No checkpoint of this run is whole: {problems}. To begin anew, remove {', '.join(found.names)} in "
                 f"{self._place()}, or choose another name."
             )
-        folder = _fetch(self.store, found.whole, self.ranks)
-        state = checkpoints.read_state(folder)
+        folder, state = _fetch(self.store, found.whole, self.agreement)
         self._check_run(state)
         self.data.check_sids(state, folder)
         cursor = read_cursor(state["cursor"], folder)
         check_order(state["order"], order(cursor), folder)
         check_model(state["config"], self.config, folder)
         checkpoints.load(self.engine, folder, verified=True)
-        if self.ranks.is_main:
-            self._set_aside(found)
+        best = self.agreement.from_main(lambda: self._tidy(found))
         where = self.store.where(found.whole)
         self.say(f"going on from {where}: step {self.engine.step}, {cursor.position} samples consumed")
+        self._saved.add(self.engine.step)  # a validation may still follow
         if self.engine.step > 0:
-            self.best = self._best_on_disk = broadcast_object(
-                load_best(self.run, self.store) if self.ranks.is_main else None, self.ranks
-            )
+            self.best = self._best_on_disk = best
         return Restored(cursor, state, folder)
 
     def save(self, cursor: Cursor, order: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -174,7 +176,7 @@ class RunCheckpoints:
             self.record(kind="checkpoint", **told)
             return
         self._failed.add(outcome.step)
-        print_warning(f"{outcome.problem} Training goes on, and the next checkpoint is tried again.")
+        print_warning(f"{outcome.problem} A run that trains on tries again at its next checkpoint.")
         self.record(kind="checkpoint_failed", step=outcome.step, problem=outcome.problem)
         if self.best is not None and self.best.step == outcome.step:
             self.best = self._best_on_disk
@@ -182,7 +184,13 @@ class RunCheckpoints:
     def _name_best(self) -> None:
         new = self.best if self.best != self._best_on_disk else None
         if self.ranks.is_main and new is not None and new.step in self._saved:
-            new.save(self.run)
+            try:
+                new.save(self.run)
+            except OSError as error:  # the other ranks train on
+                if new != self._warned_of:
+                    print_warning(f"{self.run / BEST} cannot be written ({error}); it is tried again at every step")
+                self._warned_of = new
+                return
             self._best_on_disk = new
             self._prune_due = True
 
@@ -210,16 +218,8 @@ class RunCheckpoints:
 
     def _find(self) -> _Found:
         """Rank 0 looks, from the newest to the oldest, and the others hear of it."""
-        found = None
-        if self.ranks.is_main:
-            try:
-                found = self._look()
-            except ParallelError as error:  # storage that does not answer, a format of another version
-                found = _Found([], error=str(error))
-        result: _Found = broadcast_object(found, self.ranks)
-        if result.error is not None:
-            raise ParallelError(result.error)
-        if result.names and self.config.train.resume == "never":
+        result = self.agreement.from_main(self._look)
+        if result.names and not self._may_resume:
             raise ConfigError(
                 f"{self._place()} holds checkpoints of an earlier run, and train.resume is never. Choose another "
                 "name, remove that folder, or set train.resume to auto."
@@ -227,26 +227,35 @@ class RunCheckpoints:
         return result
 
     def _look(self) -> _Found:
+        if self._may_resume:
+            self.store.recover()
         names = self.store.candidates()
         damaged: list[tuple[str, str]] = []
-        for name in reversed(names if self.config.train.resume == "auto" else []):
+        for name in reversed(names if self._may_resume else []):
             try:
                 problem = checkpoints.verify(self.store.fetch(name))
             except DamagedCheckpointError as error:
                 problem = str(error)
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                problem = f"Checkpoint {self.store.where(name)} cannot be read ({type(error).__name__}: {error})."
             if problem is None:
                 return _Found(names, name, tuple(damaged))
             damaged.append((name, problem))
         return _Found([*names, *self.store.damaged()], None, tuple(damaged))
 
-    def _set_aside(self, found: _Found) -> None:
-        """Damaged checkpoints must not be found again; only once it is sure that the run goes on from another."""
+    def _tidy(self, found: _Found) -> Best | None:
+        """On rank 0, once it is sure from which checkpoint the run goes on; the best one so far.
+
+        Damaged ones must not be found again, and what an attempt before has left half-written goes.
+        """
         assert found.whole is not None
+        self.store.sweep()
         used = self.store.where(found.whole)
         for name, problem in found.damaged:
             aside = self.store.set_aside(name)
             print_warning(f"{problem} It is called {aside} now; going on from {used} instead.")
             self.record(kind="fallback", damaged=self.store.where(name), problem=problem, used=used)
+        return load_best(self.run, self.store)
 
     def _check_run(self, state: dict[str, Any]) -> None:
         """Two runs that were given one place would delete each other's checkpoints."""
@@ -262,20 +271,20 @@ class RunCheckpoints:
             return
         source = self.config.train.warm_start
         store, name = open_checkpoint(source, self.config.stream.cache)
-        folder = _fetch(store, name, self.ranks)
-        state = checkpoints.read_state(folder)
+        folder, state = _fetch(store, name, self.agreement)
         self.data.check_sids(state, folder)
         conversion.check_source(self.config, state["config"])
         differences = checkpoints.start_from(self.engine, folder).describe()
         self.say(f"starting from the weights of {source}" + (f"; {differences}" if differences else ""))
 
 
-def _fetch(store: CheckpointStore, name: str, ranks: Ranks) -> Path:
-    """A local copy for every rank; ParallelError on all of them where one gets none."""
-    folder, error = Path(), None
+def _fetch(store: CheckpointStore, name: str, agreement: Agreement) -> tuple[Path, dict[str, Any]]:
+    """A local copy for every rank, and the state in it; ParallelError on all of them where one gets none."""
+    folder, state, error = Path(), {}, None  # type: Path, dict[str, Any], Exception | None
     try:
         folder = store.fetch(name)
-    except ParallelError as failure:
-        error = str(failure)
-    raise_together(error, ranks)
-    return folder
+        state = checkpoints.read_state(folder)
+    except (ParallelError, OSError) as failure:
+        error = failure
+    agreement.raise_together(error)
+    return folder, state
