@@ -4,10 +4,12 @@ metrics.jsonl holds one JSON object a line: `step` (optimizer steps done), `time
 ("train", "valid", "table", ...) and the metrics. NaN and infinity, which JSON lacks, are written as null.
 
 A later attempt cuts off what it will write again. wandb cannot take a value back, so it gets a step only once a
-checkpoint keeps it: both have one value per step, and the same. Where a run goes back further than what wandb has got
-(its newest checkpoint was damaged or deleted), the history that is left goes on in a new wandb run.
+checkpoint keeps it and a later step is recorded: both have one value per step, and the same. Where a run goes back
+further than what wandb has got (its newest checkpoint was damaged or deleted), the history that is left goes on in a
+new wandb run.
 """
 
+import errno
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from onetrain.cluster.beacon import BEACON
 from onetrain.launcher.console import print_message, print_warning
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
@@ -55,23 +58,25 @@ class Tracker:
             return
         self._folder, self._attempt, self._over = Path(run_dir), attempt, start_step is None
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "metrics.jsonl"
-        kept = [] if start_step is None else cut_records(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._held: list[dict[str, Any]] = []  # records that no checkpoint keeps yet
-        self._kept = start_step or 0  # up to this step records may be sent
+        self._path = self._folder / "metrics.jsonl"
+        kept = [] if start_step is None else cut_records(self._path, start_step)
+        self._path.touch()
+        self._earlier = {(record["step"], record.get("kind")) for record in kept}
+        self._lines: list[str] = []  # records that are not in the file yet
+        self._warned = self._closed = False
+        self._kept = self._newest = start_step or 0  # up to the first records may be sent; the second is under way
         self._sent = _sent_step(self._folder)
         behind = start_step is not None and self._sent > start_step
         if behind and config.tracking.wandb != "disabled":
             print_message(f"wandb has steps up to {self._sent}: the history up to step {start_step} gets a new run")
         if behind:
             (self._folder / RUN_ID).unlink(missing_ok=True)
-            self._remember_sent(0)
+            (self._folder / SENT).unlink(missing_ok=True)
+            self._sent = 0
         self._wandb = _start_wandb(config, self._folder, new=start_step is not None)
-        sent = self._sent  # less than what is kept where the process died between a checkpoint and its records
-        for record in kept:
-            if record["step"] > sent:
-                self._send(record)
+        # Records that wandb has not got: also those of a process that died between a checkpoint and its records.
+        self._held = [record for record in kept if record["step"] > self._sent]
+        self._send_held()
 
     def log(self, step: int, metrics: Mapping[str, Any], kind: str = "train") -> None:
         """Record numbers of one step.
@@ -84,6 +89,10 @@ class Tracker:
         if self._is_main:
             self._add(step, kind, {name: _number(value) for name, value in metrics.items()})
 
+    def has(self, step: int, kind: str) -> bool:
+        """Whether an earlier attempt has recorded this; asked on rank 0."""
+        return self._is_main and (step, kind) in self._earlier
+
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Record a table that belongs to the state after `step` steps."""
         if self._is_main:
@@ -94,20 +103,20 @@ class Tracker:
         """A checkpoint keeps the run up to `step`: wandb may have what was recorded until there."""
         if not self._is_main:
             return
-        while self._held and self._held[0]["step"] <= step:
-            self._send(self._held.pop(0))
         self._kept = max(self._kept, step)
+        self._send_held()
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self, exit_code: int = 0, whole: bool = True) -> None:
         """End the records; an `exit_code` other than 0 marks the wandb run as failed, 0 says that everything is saved.
 
-        Calling it twice is harmless.
+        `whole`: no later attempt adds to the newest step. Calling it twice is harmless.
         """
-        if not self._is_main or self._file.closed:
+        if not self._is_main or self._closed:
             return
-        self._file.close()
-        for record in self._held if exit_code == 0 else []:
-            self._send(record)
+        self._closed = True
+        self._write()
+        if exit_code == 0:
+            self._send_held(everything=whole)
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
 
@@ -122,15 +131,45 @@ class Tracker:
     def _add(self, step: int, kind: str, fields: dict[str, Any]) -> None:
         record = {"step": step, "time": round(time.time(), 3), "attempt": self._attempt, "kind": kind, **fields}
         line = json.dumps({key: _finite(value) for key, value in record.items()}, ensure_ascii=False, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        if self._over or step <= self._kept:
-            self._send(record)
+        self._lines.append(line + "\n")
+        self._write()
+        self._newest = max(self._newest, step)
+        self._held.append(record)
+        self._send_held(everything=self._over)
+
+    def _write(self) -> None:
+        """Appends what is not in the file yet; what a full disk refuses is told once, and waits for the next record."""
+        if not self._lines:
+            return
+        data = "".join(self._lines).encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                if file.write(data) < len(data):
+                    file.truncate(before)  # no half of a line
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._warn(self._path, error)
         else:
-            self._held.append(record)
+            self._lines.clear()
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        if not self._warned:
+            print_warning(f"{path} cannot be written ({error}); training goes on, and records wait until it can")
+        self._warned = True
+
+    def _send_held(self, everything: bool = False) -> None:
+        """To wandb what a checkpoint keeps, up to the newest step: more may follow of that, also by a later attempt."""
+        while self._held and (everything or self._held[0]["step"] <= min(self._kept, self._newest - 1)):
+            try:
+                self._send(self._held[0])
+            except OSError as error:  # a later record tries again
+                self._warn(self._folder / SENT, error)
+                return
+            self._held.pop(0)
 
     def _send(self, record: dict[str, Any]) -> None:
-        """One record to wandb, which takes steps in rising order only."""
+        """One record to wandb, which takes steps in rising order only, and after a restart only steps it has not."""
         if self._wandb is None:
             return
         if record["kind"] == "table":
@@ -243,9 +282,9 @@ def _init_wandb(config: RunConfig, folder: Path, new: bool, mode: Literal["onlin
 
 
 def _run_id(config: RunConfig, folder: Path, new: bool) -> str:
-    """Made once for a run folder; a run that never resumes gets a new one at each start."""
+    """Made once for a run folder; a run that never resumes gets a new one at each start, not at each attempt."""
     path = folder / RUN_ID
-    if (config.train.resume == "auto" or not new) and path.exists():
+    if (config.train.resume == "auto" or not new or not BEACON.first) and path.exists():
         return path.read_text(encoding="utf-8").strip()
     name = uuid.uuid4().hex[:8]
     path.write_text(name + "\n", encoding="utf-8")

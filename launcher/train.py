@@ -37,6 +37,7 @@ from onetrain.model.loss import LossParts
 from onetrain.parallel import process_group
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.engine import Engine, StepResult
+from onetrain.parallel.errors import SaveError
 from onetrain.parallel.optimizer_state import canonical_shapes
 from onetrain.parallel.process_group import Ranks, all_reduce_max, broadcast_object, first_error
 
@@ -102,7 +103,8 @@ class _Run:
             self.engine.close()  # a save under way may still end
         finally:
             self.ledger.end(outcome, self.engine.step, self.cursor.position)
-            self.tracker.close(0 if outcome in ("finished", "drained") else getattr(error, "exit_code", 1))
+            code = 0 if outcome in ("finished", "drained") else getattr(error, "exit_code", 1)
+            self.tracker.close(code, whole=outcome != "drained")
 
     def train(self, last_step: int) -> dict[str, float]:
         """Optimizer steps up to `last_step`, with logs, validations and checkpoints on the way."""
@@ -111,6 +113,8 @@ class _Run:
         self.wanted_step, self.last_step = last_step, self._within_order(last_step)
         if self.engine.step >= last_step:
             self._say(f"nothing left to do: {self.engine.step} steps are done, and {last_step} were asked for")
+        if self._validation_missing():
+            metrics |= self._validate()
         for step in self._steps():
             result = self._compute(step)
             if result.done:
@@ -123,20 +127,18 @@ class _Run:
             if not result.done and (not final or number == 0):
                 continue
             drained = result.flagged and not final
-            logged = final or number % options.log_every == 0
+            logged = final or drained or number % options.log_every == 0
             if logged and self.meter.steps:
                 metrics = self._log()
             validated = (final or _due(number, options.evaluate_every)) and number > self.validated
             if final or validated or drained or _due(number, options.checkpoint_every):
                 self._save()
             if drained:
-                self.checkpoints.finish()  # before a validation that may be due too: time may be short
+                self._end_drained()
             if validated:
                 metrics |= self._validate()
             self.checkpoints.poll()
             self.ledger.note(number, self.cursor.position, now=logged)
-            if drained:
-                self._end_drained()
         self.ledger.enter("checkpoint", self.engine.step, self.cursor.position)
         self.checkpoints.finish()
         return metrics
@@ -190,7 +192,12 @@ class _Run:
         return {"step": number, **metrics}
 
     def _end_drained(self) -> NoReturn:
-        """All is saved; some rank was asked to end the attempt, and every rank says why."""
+        """Some rank was asked to end the attempt, and every rank says why, once the save under way is whole.
+
+        Time may be short: the next attempt makes the validation that was due.
+        """
+        with contextlib.suppress(SaveError):  # which is told; the attempt ends all the same
+            self.checkpoints.finish()
         why = first_error(BEACON.wish()[1] or None, self.ranks) or "asked to"
         raise AttemptEnded("drained", why, self.engine.step)
 
@@ -240,6 +247,12 @@ class _Run:
             self._say(line)
         self.ledger.start(self.ranks.world_size, self.engine.step)
         return Tracker(self.config, self.folder, self.ranks.is_main, self.engine.step, self.ledger.attempt)
+
+    def _validation_missing(self) -> bool:
+        """Whether the attempt before ended between the save of this step and the validation that was due at it."""
+        number = self.engine.step
+        due = number > 0 and (number == self.last_step or _due(number, self.config.train.evaluate_every))
+        return due and broadcast_object(not self.tracker.has(number, "valid"), self.ranks)
 
     def _validate(self) -> dict[str, float]:
         """Ranking metrics of the validation split on all ranks; names the best checkpoint, which is saved already."""

@@ -1,9 +1,13 @@
+import errno
 import json
+import os
 import re
 import struct
 import time
 from collections import defaultdict
 from dataclasses import replace
+from io import FileIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import torch
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
+from onetrain.cluster.beacon import BEACON
 from onetrain.data.options import DataOptions
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig, TrackingOptions, TrainOptions
@@ -133,6 +138,60 @@ def test_a_dropped_record_is_told(tmp_path, capsys):
     assert "line 3" in warnings
 
 
+def test_a_full_disk_is_told_once_and_its_records_come_later(tmp_path, monkeypatch, capsys):
+    sent, full = [], True
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: sent.append((step, *values)))
+    write, replaced = FileIO.write, os.replace
+
+    def write_half(file, data):
+        return write(file, data[: len(data) // 2]) if full else write(file, data)
+
+    def replace_if_room(*paths):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced(*paths)
+
+    class File(FileIO):
+        write = write_half
+
+    opened = Path.open
+    tracker = Tracker(OFFLINE, tmp_path, is_main=True)
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", **o: File(path, mode) if mode == "ab" else opened(path, mode, **o)
+    )
+    monkeypatch.setattr("onetrain.launcher.tracking.os.replace", replace_if_room)
+    capsys.readouterr()
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": float(step)})
+        tracker.kept(step)
+    assert (records(tmp_path), sent) == ([], [])
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    full = False
+    tracker.log(4, {"loss": 4.0})
+    assert [record["loss"] for record in records(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
+    assert [step for step, *_ in sent] == [1, 2, 3]
+    full = True
+    tracker.log(5, {"loss": 5.0})
+    tracker.close()  # still full: nothing is raised
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_step_is_sent_whole_though_a_later_attempt_adds_to_it(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: sent.append((step, min(values, key=len))))
+    tracker = Tracker(OFFLINE, tmp_path, is_main=True)
+    for step in (1, 2):
+        tracker.log(step, {"a": 1.0})
+    tracker.kept(2)
+    tracker.close(whole=False)  # drained before a validation
+    assert [step for step, _ in sent] == [1]
+    with Tracker(OFFLINE, tmp_path, is_main=True, start_step=2, attempt=2) as tracker:
+        assert (tracker.has(2, "train"), tracker.has(2, "valid")) == (True, False)
+        assert [step for step, _ in sent] == [1]
+        tracker.log(2, {"b": 1.0}, kind="valid")
+    assert sent == [(1, "train/a"), (2, "train/a"), (2, "valid/b")]
+
+
 def test_wandb_offline_keeps_one_id_over_restarts(tmp_path, capsys):
     for start_step in (0, 1):
         with Tracker(OFFLINE, tmp_path, is_main=True, start_step=start_step) as tracker:
@@ -203,13 +262,16 @@ def test_wandb_and_jsonl_have_one_value_per_step_over_crashes(tmp_path, capsys):
     assert "wandb has steps up to 12: the history up to step 5 gets a new run" in capsys.readouterr().err
 
 
-def test_a_run_that_never_resumes_gets_a_new_wandb_id(tmp_path):
+def test_a_run_that_never_resumes_gets_a_new_wandb_id(tmp_path, monkeypatch):
     never = replace(OFFLINE, train=TrainOptions(resume="never"))
     names = set()
     for _ in range(2):
         Tracker(never, tmp_path, is_main=True).close()
         names.add((tmp_path / "wandb_run_id").read_text())
     assert len(names) == 2
+    monkeypatch.setattr(BEACON, "first", False)  # a later attempt of the same start
+    Tracker(never, tmp_path, is_main=True).close()
+    assert (tmp_path / "wandb_run_id").read_text() in names
 
 
 def test_auto_without_an_account_is_offline(tmp_path):

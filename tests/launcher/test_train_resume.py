@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from train_cases import changed, checkpoint, records, train_on
 
+from onetrain.cluster.beacon import BEACON
 from onetrain.data.manifest import Manifest
 from onetrain.data.options import PathwayOptions, SplitOptions
 from onetrain.data.prepare import prepare
@@ -155,6 +156,36 @@ def test_never_resume_refuses_an_earlier_run(two_steps):
     with pytest.raises(ConfigError, match=r"train\.resume is never"):
         train(changed(two_steps, train__resume="never"))
     assert [record["step"] for record in records(two_steps)] == [2]
+
+
+def test_never_resume_is_meant_for_the_first_attempt_of_a_start(two_steps, monkeypatch):
+    monkeypatch.setattr(BEACON, "first", False)
+    assert train(changed(two_steps, train__steps=3, train__resume="never"))["step"] == 3
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(tiny, monkeypatch):
+    config = changed(tiny, train__steps=6, train__evaluate_every=4, train__log_every=2, evaluation__max_users=40)
+    straight, interrupted = changed(config, name="straight"), changed(config, name="interrupted")
+    train(straight)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for ends_at, expected in ((4, []), (6, [4])):  # one that was due, and the last
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(interrupted)
+        assert checkpoint(interrupted, ends_at).exists()
+        assert [record["step"] for record in records(interrupted, "valid")] == expected
+        if ends_at == 4:
+            train(interrupted, stop_after=4)
+            assert json.loads((run_folder(interrupted) / "best.json").read_text())["step"] == 4
+    assert "valid_recall@10" in train(interrupted)  # no step is left to do
+    curves = [[(r["step"], r["recall@10"], r["loss"]) for r in records(c, "valid")] for c in (straight, interrupted)]
+    assert curves[0] == curves[1]
+    assert [step for step, *_ in curves[0]] == [4, 6]
+    assert train(interrupted) == {"step": 6}
 
 
 def test_what_changed_is_told_on_resume(two_steps, capsys):
