@@ -32,7 +32,8 @@ class Scene:
         self.folder = folder
         self.random = random.Random(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ |= {"CHAOS_FOLDER": str(folder), "PYTHONPATH": str(INJECT), "CHAOS_STEP_S": str(STEP_S)}
+        self._environment = dict(os.environ)
+        os.environ |= {"CHAOS_FOLDER": str(folder), "PYTHONPATH": injected(), "CHAOS_STEP_S": str(STEP_S)}
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.session = self.cluster.head_node.get_session_dir_path()
         self._hosts = 1
@@ -112,8 +113,8 @@ class Scene:
             self.driver.wait()
         self.cluster.shutdown()
         shutil.rmtree(self.session, ignore_errors=True)
-        for name in ("CHAOS_FOLDER", "PYTHONPATH", "CHAOS_STEP_S"):
-            os.environ.pop(name, None)
+        os.environ.clear()
+        os.environ.update(self._environment)
 
     def _heartbeats(self) -> dict[str, Any]:
         try:
@@ -122,13 +123,18 @@ class Scene:
             return {"ranks": []}
 
 
+def injected() -> str:
+    """PYTHONPATH with the folder of sitecustomize.py before all else."""
+    return os.pathsep.join([str(INJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def undisturbed(config: RunConfig, folder: Path, ranks: int) -> RunConfig:
     """The same run without cluster, supervisor and faults, under torchrun; returns its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = replace(config.stream, service=replace(config.stream.service, actors=0))
     config = replace(config, storage_path=str(folder / "runs"), stream=stream)
     save_config(config, folder / "job.yaml")
-    environment = os.environ | {"CHAOS_FOLDER": str(folder), "PYTHONPATH": str(INJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CHAOS_FOLDER": str(folder), "PYTHONPATH": injected(), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port"]
     command = [*launch, str(free_port()), "-m", "onetrain.launcher.cli", "train", str(folder / "job.yaml")]
     with (folder / "driver.log").open("wb") as log:
