@@ -245,3 +245,21 @@ def test_a_wish_to_drain_during_the_last_step_changes_nothing(short):
     with asked_at(STEPS - 1, 0):
         assert train(short)["step"] == STEPS
     assert read_log(run_folder(short) / LEDGER)[-1]["outcome"] == "finished"
+
+
+def test_a_drained_attempt_records_what_it_made_and_leaves_its_validation_to_the_next(short):
+    config = changed(short, train__steps=8, train__evaluate_every=5, train__log_every=4, parallel__micro_batch_size=32)
+    straight, drained = changed(config, name="straight"), changed(config, name="drained")
+    train(straight)
+    with asked_at(4, 0), pytest.raises(AttemptEnded, match="node given back"):
+        train(drained)
+    assert [record["step"] for record in records(drained)] == [4, 5]  # the second of one step
+    assert records(drained, "valid") == []
+    train(drained)
+    assert [(r["step"], r["attempt"]) for r in records(drained)] == [(4, 1), (5, 1), (8, 2)]
+    assert [(r["step"], r["attempt"]) for r in records(drained, "valid")] == [(5, 2), (8, 2)]
+    for one, other in zip(records(straight, "valid"), records(drained, "valid"), strict=True):
+        assert (one["recall@10"], one["loss"]) == (other["recall@10"], other["loss"])
+    whole, first, rest = records(straight)[1], *records(drained)[1:]
+    assert whole["loss"] == pytest.approx((first["loss"] + 3 * rest["loss"]) / 4, rel=0.05)  # nearly equal weights
+    assert_same_end(straight, drained, 8)
