@@ -134,6 +134,9 @@ def measure(ranks: Ranks, options: argparse.Namespace) -> list[dict[str, Any]]:
             alone = [step(engine) for _ in range(STEPS_ALONE)]
             measured.append({"arm": name, "number": number, "blocked": blocked, "write": write})
             measured[-1] |= {"writing": writing, "alone": alone}
+            if ranks.is_main:  # all have ended, and begin the next one together: the disk needs room for one only
+                for folder in options.folder.iterdir():
+                    shutil.rmtree(folder)
     # the same state in both ways, to the same bytes
     saver = CheckpointSaver(engine, FolderStore(options.folder))
     for mode in ("sync", "async"):

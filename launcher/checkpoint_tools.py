@@ -130,6 +130,11 @@ def convert(source: str, target: str, weights_only: bool, dtype: Literal["fp32",
     store, name = open_checkpoint(target)
     if store.exists(name):
         raise ConfigError(f"{target} is a checkpoint already. Choose another place, or remove it.")
+    if store.taken(name):
+        raise ConfigError(
+            f"{target} is there already, and would be replaced: give the folder that the checkpoint is to be, such as "
+            f"{target.rstrip('/')}/{folder.name}."
+        )
     files = [MODEL] if weights_only or OPTIMIZER not in header["files"] else [MODEL, OPTIMIZER]
     layouts = {file: _layout(folder / file, DTYPES[dtype]) for file in files}
     try:

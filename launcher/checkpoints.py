@@ -10,9 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from onetrain.launcher.config import run_folder
+from onetrain.launcher.console import print_warning
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
+from onetrain.parallel.checkpoint_header import sync
 from onetrain.parallel.checkpoint_store import CheckpointStore, FolderStore, open_checkpoint, open_store, step_name
+
+BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,16 @@ class Best:
     def save(self, run: Path) -> None:
         """Write <run>/best.json, atomically."""
         temporary = run / f".best.json.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        os.replace(temporary, run / "best.json")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, run / BEST)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(run)
 
 
 def run_store(config: RunConfig) -> CheckpointStore:
@@ -38,12 +50,17 @@ def run_store(config: RunConfig) -> CheckpointStore:
 
 def load_best(run: Path, store: CheckpointStore | None = None) -> Best | None:
     """The best validation of a run whose checkpoint is still there, or None."""
-    path = run / "best.json"
-    if not path.exists():
+    path = run / BEST
+    try:
+        best = Best(**json.loads(path.read_text(encoding="utf-8")))
+        name = step_name(best.step)
+    except FileNotFoundError:
         return None
-    best = Best(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        print_warning(f"{path} cannot be read ({type(error).__name__}: {error}): no checkpoint counts as the best")
+        return None
     store = store or FolderStore(run / "checkpoints")
-    return best if store.exists(step_name(best.step)) else None
+    return best if store.exists(name) else None
 
 
 def find_checkpoint(run: Path, which: str, store: CheckpointStore | None = None) -> Path:

@@ -15,16 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from onetrain.model.ksa.warm_start import Bridge, bridge
-from onetrain.parallel import checkpoint_store
-from onetrain.parallel.checkpoint_saver import FORMAT, MODEL, OPTIMIZER, save_now
-from onetrain.parallel.checkpoint_store import STATE, FolderStore, step_name
+from onetrain.parallel.checkpoint_agreement import agreement_of
+from onetrain.parallel.checkpoint_header import FORMAT, STATE, damage, read_header
+from onetrain.parallel.checkpoint_saver import MODEL, OPTIMIZER, save_now
+from onetrain.parallel.checkpoint_store import FolderStore, step_name
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import DamagedCheckpointError, ParallelError
 from onetrain.parallel.optimizer_state import MOMENTS, VALUE, canonical_shapes, scatter
-from onetrain.parallel.process_group import raise_together
 from onetrain.parallel.snapshot import persistent_buffers
 
 BLEND_TOLERANCE = 1e-6  # fp32 rounding
+UNREADABLE = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)  # what damage may raise
 SAME = Bridge()  # the checkpoint has the weights of the model
 __all__ = ["MODEL", "OPTIMIZER", "STATE"]
 
@@ -102,6 +103,8 @@ def verify(folder: Path) -> str | None:
         _check_files(folder, _read_header(folder))
     except DamagedCheckpointError as error:
         return str(error)
+    except UNREADABLE as error:
+        return f"Checkpoint {folder} is damaged: {type(error).__name__}: {error}. Use another checkpoint."
     return None
 
 
@@ -120,7 +123,7 @@ def _checked(
     engine: Engine, folder: Path, bridged: bool = False, verified: bool = False
 ) -> tuple[dict[str, Any], Bridge]:
     """The header and how weights cross, on every rank; rank 0 checks the files, every rank the shapes."""
-    header, across, error = {}, SAME, None
+    header, across, error = {}, SAME, None  # type: dict[str, Any], Bridge, Exception | None
     try:
         header = _read_header(folder)
         if engine.ranks.is_main and not verified:
@@ -131,20 +134,27 @@ def _checked(
             _check_blends(folder, engine.module)
         _check_shapes(folder, ours, engine.module, across)
     except ParallelError as failure:
-        error = str(failure)
-    raise_together(error, engine.ranks)
+        error = failure
+    except UNREADABLE as failure:
+        text = f"Checkpoint {folder} is damaged: {type(failure).__name__}: {failure}. Use another checkpoint."
+        error = DamagedCheckpointError(text)
+    agreement_of(engine).raise_together(error)
     return header, across
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    header = checkpoint_store.read_header(folder)
+    header = read_header(folder)
     if header.get("format") != FORMAT:
-        raise ParallelError(f"Checkpoint {folder} has format {header.get('format')}; this version reads {FORMAT}.")
+        writer = header.get("written", {}).get("onetrain", "the version that wrote it")
+        raise ParallelError(
+            f"Checkpoint {folder} has format {header.get('format')}; this version reads {FORMAT}. "
+            f"Use onetrain {writer}, or choose another name to begin anew."
+        )
     return header
 
 
 def _check_files(folder: Path, header: dict[str, Any]) -> None:
-    if problem := checkpoint_store.damage(folder, header):
+    if problem := damage(folder, header):
         raise DamagedCheckpointError(f"Checkpoint {folder} is damaged: {problem}. Use another checkpoint.")
 
 

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from onetrain.parallel.checkpoint_store import STATE, CheckpointStore, sync
+from onetrain.parallel.checkpoint_agreement import agreement_of
+from onetrain.parallel.checkpoint_header import FORMAT, STATE, header_text, sync
+from onetrain.parallel.checkpoint_store import CheckpointStore
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import SaveError
-from onetrain.parallel.process_group import first_error
 from onetrain.parallel.safetensors_writer import Layout, SafetensorsWriter, file_order
-from onetrain.parallel.snapshot import Snapshot
+from onetrain.parallel.snapshot import Snapshot, StoppedError
 
-FORMAT = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FAILURES = 3  # in a row, before saving is given up
 CLOSE_S = 5.0  # for a save under way to end when its engine is closed
@@ -62,6 +62,7 @@ class CheckpointSaver:
 
     def __init__(self, engine: Engine, store: CheckpointStore) -> None:
         self.engine, self.store, self.ranks = engine, store, engine.ranks
+        self.agreement = agreement_of(engine)
         self._under_way: _Save | None = None
         self._told: list[SaveOutcome] = []
         self._failures = 0  # in a row
@@ -119,6 +120,9 @@ class CheckpointSaver:
         if save.thread.is_alive() and self.engine.snapshot is not None:
             self.engine.snapshot.stop()
             save.thread.join(CLOSE_S)
+        if save.thread.is_alive():
+            save.problem = f"Checkpoint {self.store.where(save.name)} was not written when the run ended."
+        self._tell(save)
 
     def _wait(self) -> None:
         """Until the save under way has ended, on all ranks, which then agree on what became of it."""
@@ -129,7 +133,7 @@ class CheckpointSaver:
             save.thread.join()
         if save.thread is not None or save.mode == "sync":
             self._tell(save)
-        self._newest_problem = first_error(save.problem, self.ranks)
+        self._newest_problem = self.agreement.first_error(save.problem)
         self._failures = 0 if self._newest_problem is None else self._failures + 1
 
     def _tell(self, save: _Save) -> None:
@@ -144,9 +148,14 @@ class CheckpointSaver:
                 save.bytes = _write_checkpoint(snapshot, self.store, save.name, save.header)
             else:
                 snapshot.send()
+        except StoppedError:
+            save.problem = f"Checkpoint {self.store.where(save.name)} was not written: the run ended before."
         except Exception as error:
             where = self.store.where(save.name)
-            save.problem = f"Cannot write checkpoint {where}: {error}. Free space or change storage_path, then resume."
+            save.problem = (
+                f"Cannot write checkpoint {where}: {error}. Free space there (or copy its checkpoints to another place "
+                "and set train.checkpoint_path to that), then resume."
+            )
         save.write_s = time.perf_counter() - begun
 
 
@@ -194,7 +203,7 @@ def write_files(
 
 def write_header(folder: Path, header: dict[str, Any], checks: dict[str, Any]) -> int:
     """Writes state.json; bytes of the whole checkpoint."""
-    (folder / STATE).write_text(json.dumps({**header, "files": checks}, indent=1))
+    (folder / STATE).write_text(header_text({**header, "files": checks}))
     sync(folder / STATE)
     return sum(check["bytes"] for check in checks.values()) + (folder / STATE).stat().st_size
 

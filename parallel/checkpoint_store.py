@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 import fsspec
 import xxhash
 
-from onetrain.parallel.errors import DamagedCheckpointError, ParallelError
+from onetrain.parallel.checkpoint_header import STATE, damage, parse_header, read_header, sync
+from onetrain.parallel.errors import DamagedCheckpointError, ParallelError, StorageError
 
-STATE = "state.json"
 DAMAGED = ".damaged"
+WRITING, OLD, REMOVED = ".writing", ".old", ".removed"  # of hidden folders
 STEP = "step_"
 PAUSES_S = (0.5, 2.0, 8.0)  # before each further try of remote storage
-HASH_CHUNK = 1 << 24
 FORGET_S = 3600.0  # copies older than this make room for the next
 T = TypeVar("T")
 
@@ -104,6 +104,18 @@ class CheckpointStore(ABC):
         """Deletes a checkpoint."""
 
     @abstractmethod
+    def taken(self, name: str) -> bool:
+        """Whether anything but an empty folder is in a checkpoint's place."""
+
+    @abstractmethod
+    def recover(self) -> None:
+        """Brings back a checkpoint that a crash has left under another name."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Deletes what crashes have left half-written or half-deleted. Nobody may be writing."""
+
+    @abstractmethod
     def set_aside(self, name: str) -> str:
         """Renames a damaged checkpoint, so that it is none any more; what it is called now."""
 
@@ -170,17 +182,17 @@ class FolderStore(CheckpointStore):
 
     def staging(self, name: str) -> Path:
         """An empty local folder."""
-        temporary, old = self._temporary(name), self._old(name)
-        if old.exists() and not (self.folder / name).exists():
-            os.rename(old, self.folder / name)  # a crash between the two renames of `commit`
+        temporary = self._temporary(name)
+        self._recover(name)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
         return temporary
 
     def commit(self, name: str) -> None:
-        """What was staged takes its place."""
+        """What was staged takes its place; only a checkpoint of that name is replaced."""
         folder, old = self.folder / name, self._old(name)
+        if self.taken(name) and not self.exists(name):
+            raise ParallelError(f"{folder} is there already and is no checkpoint (it has no {STATE}): move it away.")
         sync(self._temporary(name))
         if folder.exists():
             os.rename(folder, old)
@@ -193,9 +205,28 @@ class FolderStore(CheckpointStore):
         shutil.rmtree(self._temporary(name), ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Deletes a checkpoint, state.json first."""
-        (self.folder / name / STATE).unlink(missing_ok=True)  # first: a half-deleted checkpoint is none
-        shutil.rmtree(self.folder / name)
+        """Deletes a checkpoint, which is none from the first moment on."""
+        removed = self.folder / f".{name}{REMOVED}"
+        shutil.rmtree(removed, ignore_errors=True)
+        os.rename(self.folder / name, removed)
+        sync(self.folder)
+        shutil.rmtree(removed)
+
+    def taken(self, name: str) -> bool:
+        """Whether there is a file, or a folder that is not empty."""
+        path = self.folder / name
+        return any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()
+
+    def recover(self) -> None:
+        """After a crash between the two renames of `commit`."""
+        for path in self.folder.glob(f".{STEP}*{OLD}"):
+            self._recover(path.name[1 : -len(OLD)])
+
+    def sweep(self) -> None:
+        """Deletes hidden folders of steps."""
+        for suffix in (WRITING, REMOVED):
+            for path in self.folder.glob(f".{STEP}*{suffix}"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self, name: str) -> str:
         """Renames a damaged checkpoint."""
@@ -204,10 +235,16 @@ class FolderStore(CheckpointStore):
         return self.where(aside)
 
     def _temporary(self, name: str) -> Path:
-        return self.folder / f".{name}.writing"
+        return self.folder / f".{name}{WRITING}"
 
     def _old(self, name: str) -> Path:
-        return self.folder / f".{name}.old"
+        return self.folder / f".{name}{OLD}"
+
+    def _recover(self, name: str) -> None:
+        old = self._old(name)
+        if old.exists() and not self.taken(name):
+            os.rename(old, self.folder / name)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class RemoteStore(CheckpointStore):
@@ -259,7 +296,16 @@ class RemoteStore(CheckpointStore):
         return None
 
     def fetch(self, name: str) -> Path:
-        """A local folder with the checkpoint."""
+        """A local folder with the checkpoint. StorageError where this machine has no room for it."""
+        try:
+            return self._copy(name)
+        except OSError as error:
+            raise StorageError(
+                f"Checkpoint {self.where(name)} cannot be copied to {self.cache}: {error}. Free space there, or set "
+                "stream.cache to another folder."
+            ) from error
+
+    def _copy(self, name: str) -> Path:
         header, copy = self.header(name), self.cache / "copies" / name
         with _locked(self.cache / "copies.lock"):
             if copy.exists() and _same_header(copy, header) and not damage(copy, header, contents=False):
@@ -315,6 +361,29 @@ class RemoteStore(CheckpointStore):
         self._patiently("renamed", f"{name}/{STATE}", lambda: self.system.mv(source, target))
         return f"{self.where(name)}/{STATE}{DAMAGED}"
 
+    def taken(self, name: str) -> bool:
+        """Whether anything lies below that name."""
+
+        def look() -> bool:
+            self.system.invalidate_cache()
+            try:
+                found = self.system.ls(self._at(name), detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return bool(self.system.exists(self._at(name)))
+            return any(str(path).rstrip("/") for path in found)
+
+        return self._patiently("listed", name, look)
+
+    def recover(self) -> None:
+        """Nothing is renamed here."""
+
+    def sweep(self) -> None:
+        """Deletes what processes of this machine that are no more have left to be uploaded."""
+        for path in (self.cache / "staging").glob(f"{STEP}*.*"):
+            pid = path.name.rpartition(".")[2]
+            if pid.isdigit() and not Path("/proc", pid).exists() and time.time() - path.stat().st_mtime > FORGET_S:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _forget_old_copies(self) -> None:
         for copy in (self.cache / "copies").glob("*"):
             if time.time() - copy.stat().st_mtime > FORGET_S:
@@ -368,65 +437,13 @@ class RemoteStore(CheckpointStore):
                 raise
             except Exception as error:  # every storage library has exceptions of its own
                 if pause is None or isinstance(error, PermissionError):
-                    raise ParallelError(
+                    kind = ParallelError if isinstance(error, PermissionError) else StorageError
+                    raise kind(
                         f"{self.url}/{name} cannot be {verb} ({type(error).__name__}: {error}). Look at the "
                         "network, the storage and this machine's credentials for it."
                     ) from error
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """What state.json of a local checkpoint says. DamagedCheckpointError where it cannot be read."""
-    try:
-        content = (folder / STATE).read_bytes()
-    except OSError as error:
-        raise DamagedCheckpointError(
-            f"Cannot read checkpoint {folder}: {error}. Give the folder that holds {STATE}."
-        ) from error
-    return parse_header(content, str(folder))
-
-
-def parse_header(content: bytes, where: str) -> dict[str, Any]:
-    """The content of state.json."""
-    try:
-        header = json.loads(content)
-        header["files"], header["state"], header["step"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(
-            f"Checkpoint file {where}/{STATE} is damaged: {type(error).__name__}: {error}. Use another checkpoint."
-        ) from error
-    return header
-
-
-def damage(folder: Path, header: dict[str, Any], contents: bool = True) -> str | None:
-    """What is wrong with the files that a header lists: their sizes and, with `contents`, their checksums."""
-    for name, check in header["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else 0
-        if size != check["bytes"]:
-            return f"{name} has {size} bytes instead of {check['bytes']}"
-        if contents and file_hash(path) != check["xxh3_128"]:
-            return f"{name} does not match its checksum"
-    return None
-
-
-def file_hash(path: Path) -> str:
-    """xxh3_128 of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """A file's or folder's content is on the disk after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_step(name: str) -> bool:

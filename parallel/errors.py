@@ -19,5 +19,11 @@ class SaveError(ParallelError):
     transient = True
 
 
+class StorageError(ParallelError):
+    """Remote storage does not answer; it may do so again when another attempt asks."""
+
+    transient = True
+
+
 class DamagedCheckpointError(ParallelError):
     """Files of a checkpoint are missing, cut off or changed; another checkpoint may be whole."""

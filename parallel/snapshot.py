@@ -74,7 +74,8 @@ class Snapshot:
         self.trainable, self.parts = self._plan()  # on rank 0; empty elsewhere
         self.runs = self._own_runs()
         self._copied_flats = sorted({run.flat for run in self.runs})
-        self._host: dict[tuple[str, int], Tensor] = {}  # kind, flat: what `take` has copied
+        self._buffers: dict[tuple[str, int], Tensor] = {}  # kind, flat: host memory for copies, used again
+        self._host: dict[tuple[str, int], Tensor] = {}  # what `take` noted: those buffers, or live tensors
         self._outside: Outside = {}
 
     def take(self, copy: bool) -> None:
@@ -89,10 +90,10 @@ class Snapshot:
                 if not copy and not source.is_cuda:
                     self._host[kind, index] = source
                     continue
-                host = self._host.get((kind, index))
-                if host is None or host.data_ptr() == source.data_ptr():
-                    host = torch.empty(source.shape, dtype=source.dtype, pin_memory=on_gpu)
-                    self._host[kind, index] = host
+                host = self._buffers.get((kind, index))
+                if host is None:
+                    host = self._buffers[kind, index] = torch.empty(source.shape, dtype=source.dtype, pin_memory=on_gpu)
+                self._host[kind, index] = host
                 host.copy_(source, non_blocking=source.is_cuda)
         with frozen_parameters(self.engine) as frozen:
             if self.ranks.is_main:
@@ -181,6 +182,7 @@ class Snapshot:
     def close(self) -> None:
         """Leaves the process group; no gathering is under way."""
         self._host.clear()
+        self._buffers.clear()
         self._outside.clear()
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)

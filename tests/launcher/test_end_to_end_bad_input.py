@@ -211,7 +211,7 @@ def test_no_disk_space_for_a_checkpoint(tiny, tmp_path):
         run = changed(config, name="debug", storage_path=str(run_folder(config)))
         assert code == 4
         assert f"Cannot write checkpoint {checkpoint(run, 4)}" in told
-        assert "Free space or change storage_path, then resume" in told
+        assert "Free space there" in told
         assert sorted(path.name for path in checkpoint(run, 2).parent.iterdir()) == ["step_00000002"]
         assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
 

@@ -1,6 +1,5 @@
 """Preflight: each kind of problem is found, with its node and what to do."""
 
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.options import RunConfig
 from onetrain.launcher.preflight import legal_world_sizes, preflight, problems
 from onetrain.launcher.preflight_node import Seen, look
+from onetrain.parallel.checkpoint_header import FORMAT, header_text
 from onetrain.parallel.deepspeed_config import check_options
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.options import ParallelOptions
@@ -205,8 +205,14 @@ def test_a_node_with_an_old_copy_of_the_data(job):
 
 def write_header(folder, sid_fingerprint):
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": 1, "step": 10, "optimizer": "adamw", "files": {}, "state": {"sid_fingerprint": sid_fingerprint}}
-    (folder / "state.json").write_text(json.dumps(header))
+    header = {
+        "format": FORMAT,
+        "step": 10,
+        "optimizer": "adamw",
+        "files": {},
+        "state": {"sid_fingerprint": sid_fingerprint},
+    }
+    (folder / "state.json").write_text(header_text(header))
 
 
 @pytest.mark.parametrize("place", ["the run's", "checkpoint_path", "warm_start"])

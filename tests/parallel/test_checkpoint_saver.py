@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from onetrain.parallel import checkpoint_saver, snapshot
 from onetrain.parallel.checkpoint import load, verify
+from onetrain.parallel.checkpoint_header import file_hash
 from onetrain.parallel.checkpoint_saver import CheckpointSaver, snapshot_of
-from onetrain.parallel.checkpoint_store import FolderStore, file_hash
+from onetrain.parallel.checkpoint_store import FolderStore
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.optimizer_state import gather

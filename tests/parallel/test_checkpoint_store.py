@@ -9,6 +9,7 @@ import fsspec
 import pytest
 import xxhash
 
+from onetrain.parallel.checkpoint_header import FORMAT, header_text
 from onetrain.parallel.checkpoint_store import (
     CheckpointStore,
     FolderStore,
@@ -39,7 +40,7 @@ def put(store: CheckpointStore, step: int, content: bytes = b"x" * 1000) -> str:
         (folder / file).write_bytes(content + file.encode())
         checks[file] = {"bytes": len(content) + len(file)}
         checks[file]["xxh3_128"] = xxhash.xxh3_128_hexdigest(content + file.encode())
-    (folder / "state.json").write_text(json.dumps({"format": 1, "step": step, "state": {}, "files": checks}))
+    (folder / "state.json").write_text(header_text({"format": FORMAT, "step": step, "state": {}, "files": checks}))
     store.commit(name)
     return name
 
@@ -73,7 +74,7 @@ def test_a_second_one_of_that_name_takes_its_place(store: CheckpointStore) -> No
     folder = store.staging(name)
     (folder / FILES[0]).write_bytes(b"new")
     checks = {FILES[0]: {"bytes": 3, "xxh3_128": xxhash.xxh3_128_hexdigest(b"new")}}
-    (folder / "state.json").write_text(json.dumps({"format": 1, "step": 5, "state": {}, "files": checks}))
+    (folder / "state.json").write_text(header_text({"format": FORMAT, "step": 5, "state": {}, "files": checks}))
     store.discard(name)
     assert len(store.header(name)["files"]) == 2
     put(store, 5, b"again")
