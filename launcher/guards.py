@@ -5,12 +5,15 @@ What was left out stands in <run>/skipped.jsonl, so that every later attempt lea
 Legend: G samples of the global batch.
 """
 
+import json
 import math
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+import xxhash
 
 from onetrain.cluster.beacon import AttemptEnded
 from onetrain.cluster.event_log import SKIPPED, EventLog, read_log
@@ -63,8 +66,9 @@ class Guards:
         """`losses`: of the checkpoint that the run goes on from."""
         self.options, self.ranks, self.run, self.ledger = options, ranks, run, ledger
         self.spike = SpikeGuard(options.spike_factor, options.spike_window, losses)
-        own = [record["position"] for record in read_log(run / SKIPPED)] if ranks.is_main else None
-        self.left_out = set[int](broadcast_object(own, ranks))  # positions at which batches begin
+        own = [(r["position"], r.get("updates")) for r in read_log(run / SKIPPED)] if ranks.is_main else None
+        # Where a batch begins, and in which order (None: any): after other updates a position has other samples.
+        self.left_out = set[tuple[int, str | None]](broadcast_object(own, ranks))
 
     def accepts(self, loss: float) -> bool:
         """Whether a loss, which is finite, may change the weights."""
@@ -79,9 +83,19 @@ class Guards:
         """For the checkpoint."""
         return {"losses": list(self.spike.losses)}
 
-    def ahead(self, position: int, size: int) -> int:
-        """Of the batches of `size` samples from here on, how many are left out."""
-        return sum(other >= position and (other - position) % size == 0 for other in self.left_out)
+    def leaves_out(self, cursor: Cursor) -> bool:
+        """Whether an earlier attempt left out the batch at the cursor."""
+        return self._in_order(cursor, {other for other in self.left_out if other[0] == cursor.position}) > 0
+
+    def ahead(self, cursor: Cursor, size: int) -> int:
+        """Of the batches of `size` samples from here on, how many are left out, if no source grows any more."""
+        ahead = {(at, updates) for at, updates in self.left_out if (at - cursor.position) % size == 0}
+        return self._in_order(cursor, {other for other in ahead if other[0] >= cursor.position})
+
+    def _in_order(self, cursor: Cursor, left_out: set[tuple[int, str | None]]) -> int:
+        """How many positions of these belong to the cursor's order."""
+        own = _updates(cursor) if left_out else ""
+        return len({position for position, updates in left_out if updates in (None, own)})
 
     def refuse(self, result: StepResult, step: int, cursor: Cursor, steps: StepBuilder) -> str:
         """Does what the policy wants about the discarded batch at the cursor; returns why, where it is left out.
@@ -98,13 +112,14 @@ class Guards:
                 f"{where}; the weights were not updated. Look at this batch, or lower optimizer.learning_rate, and go "
                 f"on from the last checkpoint; guards.{trouble.reason}: skip or roll_back leaves such batches out."
             )
-        if len(self.left_out | {cursor.position}) > self.options.max_skips:
+        bad = (cursor.position, _updates(cursor))
+        if len(self.left_out | {bad}) > self.options.max_skips:
             raise ParallelError(
                 f"{where}, and guards.max_skips is {self.options.max_skips}: {len(self.left_out)} batches are left out "
                 f"already ({self.run / SKIPPED}). Look at them, lower optimizer.learning_rate, or allow more."
             )
         self._write(policy, step, cursor, trouble, steps)
-        self.left_out.add(cursor.position)
+        self.left_out.add(bad)
         kind = "skip" if policy == "skip" else "rollback"
         self.ledger.record(kind, step=step, position=cursor.position, reason=trouble.reason, value=_json(trouble.value))
         if policy == "roll_back":
@@ -124,6 +139,7 @@ class Guards:
                     attempt=self.ledger.attempt,
                     step=step,
                     position=cursor.position,
+                    updates=_updates(cursor),
                     action=action,
                     reason=trouble.reason,
                     value=_json(trouble.value),
@@ -138,6 +154,11 @@ def _trouble(result: StepResult) -> Trouble:
     if result.discarded == "gradient norm":
         return Trouble("not_finite", "gradient norm", result.grad_norm)
     return Trouble("spike" if result.discarded == "refused" else "not_finite", "loss", result.loss)
+
+
+def _updates(cursor: Cursor) -> str:
+    """A fingerprint of how the sources grew before the cursor, which with its position says which samples come next."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(cursor.as_json()["updates"]).encode())
 
 
 def _json(value: float) -> float | str:

@@ -155,7 +155,7 @@ class _Run:
         while (count := self.last_step - self.engine.step) > 0:
             with contextlib.closing(self.stream.steps(count, self.cursor)) as steps:
                 for step in steps:
-                    if self.cursor.position in self.guards.left_out:
+                    if self.guards.leaves_out(self.cursor):
                         self.cursor = step.cursor
                         continue
                     yield step
@@ -216,7 +216,7 @@ class _Run:
         left = self.steps.steps_left(self.cursor)
         if left is None:
             return last_step
-        left -= self.guards.ahead(self.cursor.position, self.config.parallel.global_batch_size)
+        left -= self.guards.ahead(self.cursor, self.config.parallel.global_batch_size)
         if self.engine.step + left >= last_step:
             return last_step
         self._say(f"the order of time ends after step {self.engine.step + left}, before step {last_step}")
