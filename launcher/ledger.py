@@ -108,7 +108,8 @@ class Ledger:
         if self._path is None:
             return False
         try:
-            EventLog(self._path).add(attempt=self.attempt, **fields)
+            durable = fields["kind"] != "time"  # these come all the time, and waiting for the disk stops training
+            EventLog(self._path).add(durable=durable, attempt=self.attempt, **fields)
         except OSError as error:
             if not self._warned:
                 print_warning(f"{self._path} cannot be written ({error}); training goes on without")
