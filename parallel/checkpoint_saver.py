@@ -22,7 +22,7 @@ from onetrain.parallel.checkpoint_store import CheckpointStore
 from onetrain.parallel.engine import Engine
 from onetrain.parallel.errors import SaveError
 from onetrain.parallel.safetensors_writer import Layout, SafetensorsWriter, file_order
-from onetrain.parallel.snapshot import Snapshot, StoppedError
+from onetrain.parallel.snapshot import Snapshot
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FAILURES = 3  # in a row, before saving is given up
@@ -121,7 +121,7 @@ class CheckpointSaver:
             self.engine.snapshot.stop()
             save.thread.join(CLOSE_S)
         if save.thread.is_alive():
-            save.problem = f"Checkpoint {self.store.where(save.name)} was not written when the run ended."
+            save.problem = _ended(self.store.where(save.name))
         self._tell(save)
 
     def _wait(self) -> None:
@@ -148,15 +148,19 @@ class CheckpointSaver:
                 save.bytes = _write_checkpoint(snapshot, self.store, save.name, save.header)
             else:
                 snapshot.send()
-        except StoppedError:
-            save.problem = f"Checkpoint {self.store.where(save.name)} was not written: the run ended before."
         except Exception as error:
             where = self.store.where(save.name)
             save.problem = (
                 f"Cannot write checkpoint {where}: {error}. Free space there (or copy its checkpoints to another place "
                 "and set train.checkpoint_path to that), then resume."
             )
+            if snapshot.stopped:
+                save.problem = _ended(where)
         save.write_s = time.perf_counter() - begun
+
+
+def _ended(where: str) -> str:
+    return f"Checkpoint {where} was not written: the run ended before it was."
 
 
 def save_now(engine: Engine, store: CheckpointStore, name: str, state: dict[str, Any]) -> None:

@@ -101,6 +101,9 @@ def test_convert(trained, tmp_path):
     train(warm)
     started = load_file(checkpoint(warm, 1) / FILES[0])
     assert all(torch.equal(started[name], value.to(started[name].dtype)) for name, value in after.items())
+    before = sorted(run_folder(trained).rglob("*"))
+    assert "would be replaced" in run("convert", source, run_folder(trained), code=2)
+    assert sorted(run_folder(trained).rglob("*")) == before
     damaged = source / FILES[1]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     run("convert", source, tmp_path / "never", code=4)

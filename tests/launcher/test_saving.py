@@ -1,5 +1,6 @@
 """What a run does with its checkpoints: damaged ones, other storage, retention, what state.json tells, failed saves."""
 
+import errno
 import json
 import shutil
 from dataclasses import asdict
@@ -9,13 +10,14 @@ import pytest
 from safetensors.torch import load_file
 from train_cases import changed, checkpoint, records, train_on
 
-from onetrain.launcher.checkpoints import find_checkpoint, load_best, run_store
+from onetrain.launcher.checkpoints import Best, find_checkpoint, load_best, run_store
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.errors import ConfigError
 from onetrain.launcher.evaluate import evaluate
 from onetrain.launcher.evaluator import SUBSETS, Evaluator, SubsetMetrics
 from onetrain.launcher.train import _step_seed, train
 from onetrain.model.options import MoEOptions
+from onetrain.parallel import checkpoint_header
 from onetrain.parallel.checkpoint_store import FolderStore, RemoteStore
 from onetrain.parallel.errors import ParallelError
 from onetrain.parallel.param_groups import learning_rate_factor
@@ -62,6 +64,41 @@ def test_a_damaged_newest_checkpoint_is_told_and_put_aside(quick, capsys):
         assert names == ["step_00000002", "step_00000004", "step_00000004.damaged", "step_00000006"]
         for file in FILES:
             assert (checkpoint(straight, 6) / file).read_bytes() == (checkpoint(config, 6) / file).read_bytes()
+
+
+def test_a_disk_that_cannot_be_read_is_damage_too(quick, monkeypatch, capsys):
+    train(changed(quick, train__steps=4, train__evaluate_every=4))
+    (run_folder(quick) / "best.json").write_text('{"step": 4, "met')
+    hidden = checkpoint(quick, 2).parent / ".step_00000006.writing"
+    hidden.mkdir()
+    file_hash = checkpoint_header.file_hash
+
+    def unreadable(path):
+        if path.parent.name == "step_00000004":
+            raise OSError(errno.EIO, "Input/output error")
+        return file_hash(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_header, "file_hash", unreadable)
+        train(changed(quick, train__steps=5))
+    told = capsys.readouterr().err
+    assert "Input/output error" in told
+    assert f"going on from {checkpoint(quick, 2)} instead" in told
+    assert "best.json cannot be read" in told
+    assert not hidden.exists()
+    assert load_best(run_folder(quick)).step == 5
+
+
+def test_a_run_goes_on_while_best_json_cannot_be_written(quick, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Best, "save", full)
+        train(changed(quick, train__evaluate_every=2))
+    assert checkpoint(quick, 6).exists()
+    assert "best.json cannot be written" in capsys.readouterr().err
+    assert load_best(run_folder(quick)) is None
 
 
 def test_a_run_never_begins_anew_for_want_of_a_whole_checkpoint(quick):

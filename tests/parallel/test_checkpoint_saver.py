@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_cases import ADAMW, PARALLEL, SGD, TOTAL_STEPS, global_batch, loss_fn, new_model, share, weight_fn
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,7 +24,7 @@ from onetrain.parallel.checkpoint_header import file_hash
 from onetrain.parallel.checkpoint_saver import CheckpointSaver, snapshot_of
 from onetrain.parallel.checkpoint_store import FolderStore
 from onetrain.parallel.engine import Engine
-from onetrain.parallel.errors import ParallelError
+from onetrain.parallel.errors import DamagedCheckpointError, ParallelError, StorageError
 from onetrain.parallel.optimizer_state import gather
 from onetrain.parallel.process_group import Ranks
 from onetrain.parallel.safetensors_writer import SafetensorsWriter, file_order
@@ -170,7 +173,7 @@ def slow_writes(seconds: float) -> None:
     SafetensorsWriter.write = slowly  # type: ignore[method-assign]
 
 
-def closed_while_saving(ranks: Ranks, folder: Path) -> tuple[float, float, list[str]]:
+def closed_while_saving(ranks: Ranks, folder: Path) -> tuple[float, float, list[str], list[str | None]]:
     snapshot.CHUNK, checkpoint_saver.CLOSE_S = 20, 0.2
     engine = new_engine(ranks, 1)
     saver = CheckpointSaver(engine, FolderStore(folder))
@@ -187,15 +190,85 @@ def closed_while_saving(ranks: Ranks, folder: Path) -> tuple[float, float, list[
         time.sleep(0.05)
     assert threading.active_count() <= before
     SafetensorsWriter.write = write  # type: ignore[method-assign]
-    return blocked, seconds, sorted(path.name for path in folder.iterdir()) if ranks.is_main else []
+    told = [outcome.problem for outcome in saver.outcomes()]
+    return blocked, seconds, sorted(path.name for path in folder.iterdir()) if ranks.is_main else [], told
 
 
 def test_an_engine_that_is_closed_ends_the_save_under_way(two: WorkerPool, tmp_path: Path) -> None:
-    (blocked, seconds, left), *_ = two.run(closed_while_saving, tmp_path)
+    (blocked, seconds, left, told), *_ = two.run(closed_while_saving, tmp_path)
     assert blocked < 3
     assert seconds < 8
     assert left == ["old"]
+    assert told == [None, f"Checkpoint {tmp_path / 'new'} was not written: the run ended before it was."]
     assert verify(tmp_path / "old") is None
+
+
+def agreements(ranks: Ranks, folder: Path) -> list[type[Exception]]:
+    """Collectives of training may last a second here, and a save three."""
+    engine = new_engine(ranks, 1)
+    saver = CheckpointSaver(engine, Slow(folder))
+    saver.save("first", {}, "sync")
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    Slow.seconds = 2.5
+    for mode in ("sync", "async"):
+        saver.save(mode, {}, mode)
+        saver.finish()
+    Slow.seconds = 0.0
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=120), dist.group.WORLD)
+    raised = []
+    for error in (StorageError("no answer"), DamagedCheckpointError("cut"), OSError(errno.EIO, "broken")):
+        with pytest.raises(ParallelError) as caught:
+            saver.agreement.raise_together(error if ranks.rank == 1 else None)
+        raised.append(type(caught.value))
+        with pytest.raises(ParallelError, match=str(error).replace("[", ".").replace("]", ".")) as caught:
+            saver.agreement.from_main(partial(throw, error))
+        raised.append(type(caught.value))
+    saver.agreement.raise_together(None)
+    assert saver.agreement.from_main(lambda: ranks.rank) == 0
+    saver.save("closed", {})
+    Slow.seconds = 0.3
+    engine.close()  # the save ends meanwhile
+    assert [outcome.problem for outcome in saver.outcomes()] == [None] * 4
+    return raised
+
+
+class Slow(FolderStore):
+    """Takes its time at the end."""
+
+    seconds = 0.0
+
+    def commit(self, name: str) -> None:
+        time.sleep(self.seconds)
+        super().commit(name)
+
+
+def throw(error: Exception) -> None:
+    raise error
+
+
+def test_ranks_wait_for_a_slow_disk_and_share_errors_of_every_type(two: WorkerPool, tmp_path: Path) -> None:
+    types = [StorageError, StorageError, DamagedCheckpointError, DamagedCheckpointError, ParallelError, ParallelError]
+    assert two.run(agreements, tmp_path) == [types] * 2
+
+
+def buffers(ranks: Ranks) -> None:
+    """A copy never goes to where a save in the foreground has found the live tensors."""
+    engine = new_engine(ranks, 1)
+    taken = snapshot_of(engine)
+    live = lambda: {t.data_ptr() for f in taken.flats for t in f.tensors(engine).values()}  # noqa: E731
+    seen = set()
+    for copy in (True, False, True, False):
+        taken.take(copy)
+        noted = {tensor.data_ptr() for tensor in taken._host.values()}
+        assert noted.isdisjoint(live()) if copy else noted <= live()
+        assert {tensor.data_ptr() for tensor in taken._buffers.values()}.isdisjoint(live())
+        seen |= noted if copy else set()
+    assert seen == {tensor.data_ptr() for tensor in taken._buffers.values()}  # used again
+    engine.close()
+
+
+def test_buffers_for_copies_are_never_live_tensors(two: WorkerPool) -> None:
+    two.run(buffers)
 
 
 def killed_while_saving(ranks: Ranks, folder: Path) -> None:

@@ -9,6 +9,7 @@ import fsspec
 import pytest
 import xxhash
 
+from onetrain.parallel.checkpoint import verify
 from onetrain.parallel.checkpoint_header import FORMAT, header_text
 from onetrain.parallel.checkpoint_store import (
     CheckpointStore,
@@ -18,7 +19,7 @@ from onetrain.parallel.checkpoint_store import (
     open_store,
     step_name,
 )
-from onetrain.parallel.errors import DamagedCheckpointError, ParallelError
+from onetrain.parallel.errors import DamagedCheckpointError, ParallelError, StorageError
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -113,6 +114,64 @@ def test_damage_is_named_and_set_aside(store: CheckpointStore) -> None:
         assert store.set_aside(name) == f"{aside}2"
 
 
+def test_state_json_has_a_checksum_of_its_own(store: CheckpointStore) -> None:
+    name = put(store, 7)
+    system, path = raw(store, name)
+    content = system.cat_file(f"{path}/state.json")
+    assert content.count(b'"step": 7') == 1
+    system.pipe_file(f"{path}/state.json", json.dumps(json.loads(content)).encode())  # laid out otherwise
+    assert store.header(name)["step"] == 7
+    for change in ((b'"step": 7', b'"step": 6'), (b'"format": 2', b'"format": 3'), (b'"xxh3_128"', b'"xxh3_129"')):
+        system.pipe_file(f"{path}/state.json", content.replace(*change))
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged"):
+            store.header(name)
+    older = {key: value for key, value in json.loads(content).items() if key != "xxh3_128"} | {"format": 1}
+    system.pipe_file(f"{path}/state.json", json.dumps(older).encode())
+    if isinstance(store, FolderStore):
+        with pytest.raises(ParallelError, match="has format 1; this version reads 2") as caught:
+            verify(store.fetch(name))
+        assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+def test_only_a_checkpoint_is_replaced(store: CheckpointStore) -> None:
+    name = put(store, 3)
+    assert store.taken(name)
+    assert not store.taken(step_name(4))
+    system, path = raw(store, step_name(4))
+    system.makedirs(path)
+    assert not store.taken(step_name(4))
+    put(store, 4)
+    if isinstance(store, FolderStore):
+        (store.folder / step_name(5)).mkdir()
+        (store.folder / step_name(5) / "thesis.txt").write_text("years of work")
+        with pytest.raises(ParallelError, match="is no checkpoint"):
+            put(store, 5)
+        assert (store.folder / step_name(5) / "thesis.txt").exists()
+
+
+def test_crashes_leave_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(tmp_path)
+    for step in (1, 2, 3, 4):
+        put(store, step)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else killed())
+        with pytest.raises(KeyboardInterrupt):
+            store.remove(step_name(1))
+    assert store.candidates() == [step_name(step) for step in (2, 3, 4)]
+    (tmp_path / step_name(2)).rename(tmp_path / f".{step_name(2)}.old")  # as between the two renames of `commit`
+    shutil.copytree(tmp_path / step_name(3), tmp_path / f".{step_name(3)}.old")  # as after them
+    store.staging(step_name(5))
+    assert len(list(tmp_path.iterdir())) == 6
+    store.recover()
+    store.sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(step) for step in (2, 3, 4)]
+    assert all(store.problem(name) is None for name in store.names())
+
+
 def test_state_json_goes_last_and_is_deleted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = RemoteStore(f"file://{tmp_path}/place", tmp_path / "cache")
     written, put_file = [], store.system.put_file
@@ -157,8 +216,9 @@ def test_storage_that_stumbles_is_tried_again(tmp_path: Path, monkeypatch: pytes
     assert (store.fetch(name) / FILES[0]).exists()
     shutil.rmtree(tmp_path / "cache")
     failures[0] = 4
-    with pytest.raises(ParallelError, match=r"cannot be read \(ConnectionError: reset by peer\)"):
+    with pytest.raises(StorageError, match=r"cannot be read \(ConnectionError: reset by peer\)") as caught:
         store.fetch(name)
+    assert caught.value.transient
 
 
 def test_an_unknown_kind_of_url_says_what_to_do(tmp_path: Path) -> None:
