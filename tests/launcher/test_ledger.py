@@ -1,6 +1,7 @@
 """Every millisecond of an attempt stands in the ledger once, under the label of its phase."""
 
 import json
+import os
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -106,6 +107,21 @@ def test_what_cannot_be_written_is_told_once_and_not_lost(tmp_path, clock, capsy
     (tmp_path / "run").unlink()
     ledger.note(3, 3, now=True)
     assert [json.loads(line)["seconds"] for line in (tmp_path / "run" / LEDGER).open()] == [{"start_up": 6.0}]
+
+
+def test_only_records_of_time_do_not_wait_for_the_disk(tmp_path, clock, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(read_log(tmp_path / LEDGER)[-1]["kind"]))
+    ledger = Ledger()
+    ledger.open(tmp_path, is_main=True)
+    ledger.start(1, 0)
+    for step in range(3):
+        clock.seconds += 1
+        ledger.note(step, step, now=True)
+    ledger.record("skip", step=3, position=3)
+    ledger.end("finished", 3, 3)
+    assert synced == ["start", "skip", "end"]
+    assert len(times(tmp_path)) == 4
 
 
 def test_other_ranks_write_nothing(tmp_path, clock):
