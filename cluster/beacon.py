@@ -54,7 +54,6 @@ class Beacon:
 
     def __init__(self) -> None:
         self.attempt: int | None = None  # number of the supervised attempt, None outside one
-        self.first = True  # attempt since the user's command
         self.first = True  # whether no other attempt of this start came before: what an earlier run left is not its own
         self.collectives: Callable[[], dict[str, int]] = dict
         self._lock = threading.RLock()  # a signal handler may come in between
