@@ -25,7 +25,7 @@ class Agreement:
 
     def __init__(self, ranks: Ranks) -> None:
         """Every rank takes part."""
-        self.ranks = ranks
+        self.ranks, self.closed = ranks, False
         self.group: dist.ProcessGroup | None = None
         if ranks.world_size > 1:
             self.group = dist.new_group(
@@ -65,7 +65,7 @@ class Agreement:
         """Leaves the process group."""
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)
-        self.group = None
+        self.group, self.closed = None, True
 
     def _all(self, own: Any) -> list[Any]:
         if self.group is None:
@@ -80,9 +80,9 @@ _of_engines: WeakKeyDictionary[Engine, Agreement] = WeakKeyDictionary()
 
 def agreement_of(engine: Engine) -> Agreement:
     """The engine's own, made at first use, in which every rank takes part; it ends with the engine."""
-    if engine not in _of_engines:
+    if engine not in _of_engines or _of_engines[engine].closed:
         _of_engines[engine] = Agreement(engine.ranks)
-        engine.at_close.append(lambda: _of_engines.pop(engine).close())
+        engine.at_close.append(_of_engines[engine].close)
     return _of_engines[engine]
 
 
