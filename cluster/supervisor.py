@@ -46,7 +46,7 @@ class Supervisor:
         self.job, self.say, self.resumed = job, say, resumed
         self.agents = NodeAgents()
         self.attempt = 0
-        self.trained = self.asked_to_drain = False
+        self.trained = self.trained_here = self.asked_to_drain = False  # ever, and under this supervisor
         self.events = EventLog(job.folder / EVENTS)
         self.heartbeats = HeartbeatFile(job.folder, _own_node(), job.sizes[0])
         self._stop = threading.Event()
@@ -118,7 +118,7 @@ class Supervisor:
         self._set_state("starting")
         self.asked_to_drain = False
         options = replace(job.cluster, workers=size)
-        first_here = self._ended is None and not self.resumed
+        first_here = not self.trained_here and not self.resumed
         group = WorkerGroup(options, job.threads_per_worker, self.attempt, job.recovery, first_here)
         self._group = group
         observer = _Attempt(self, group, size, began if self._ended is None else self._ended)
@@ -336,7 +336,7 @@ class _Attempt:
         if main.step is not None and not self._trains:
             self._first_step = main.step if self._first_step is None else self._first_step
             if main.phase in ("step", "validation") or main.step > self._first_step:
-                self._trains = supervisor.trained = True
+                self._trains = supervisor.trained = supervisor.trained_here = True
                 supervisor._record("training", step=main.step, seconds=round(now - self._since, 3))
         if not self._leaves and now - self._looked_at_nodes >= NODES_S:
             self._looked_at_nodes = now
