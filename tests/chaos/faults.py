@@ -1,9 +1,11 @@
 """What can go wrong. Each fault is done to a run that trains, and returns how many attempts it must cost."""
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 from scene import Scene
@@ -73,13 +75,12 @@ def fill_disk(scene: Scene) -> int:
     """No room for the next checkpoint; training goes on, and saves again once there is room."""
     failed = len(scene.ledger("checkpoint_failed"))
     ballast = scene.run / "checkpoints" / "ballast"
-    with ballast.open("wb") as file:
-        try:
-            while True:
-                os.write(file.fileno(), bytes(1 << 16))
-        except OSError:
-            pass
-    scene.wait(lambda: len(scene.ledger("checkpoint_failed")) > failed, "a failed save")
+
+    def failed_for_room() -> bool:
+        fill(ballast)  # again: old checkpoints are deleted, and make room
+        return len(scene.ledger("checkpoint_failed")) > failed
+
+    scene.wait(failed_for_room, "a failed save")
     ballast.unlink()
     return 0
 
@@ -90,6 +91,13 @@ def slow_disk(scene: Scene) -> int:
     scene.wait(lambda: list((scene.run / "checkpoints").glob(".step_*")), "a save under way")
     (scene.folder / "slow").unlink()
     return kill_trainer(scene)
+
+
+def fill(ballast: Path) -> None:
+    """Take all the room that is left on its disk."""
+    with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 14))
 
 
 FAULTS: dict[str, Callable[[Scene], int]] = {
