@@ -160,8 +160,9 @@ class WorkerGroup:
             environments = zip(self._workers, self._environments(places, port), strict=True)
             self._get([worker.set_up.remote(values, os.getcwd()) for worker, values in environments], deadline, slow)
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise LostWorkerError(f"a worker died while it was set up. Ray says: {reason}", 0, self.nodes[0]) from error
+            raise LostWorkerError(
+                f"a worker died while it was set up. Ray says: {_reason(error)}", 0, self.nodes[0]
+            ) from error
 
     def run(
         self,
@@ -285,11 +286,10 @@ class WorkerGroup:
         try:
             return ray.get(ref)
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
             node_id, pid = self.processes[rank]
             message = (
                 f"the worker of rank {rank} on node {self.nodes[rank]} (pid {pid}) died; the others were "
-                f"stopped. Ray says: {reason}"
+                f"stopped. Ray says: {_reason(error)}"
             )
             preempted = bool(getattr(error, "preempted", False))
             return LostWorkerError(message, rank, self.nodes[rank], not answers(node_id), preempted)
@@ -309,6 +309,11 @@ class WorkerGroup:
             "stopped."
         )
         return LostWorkerError(message, rank, self.nodes[rank], node_lost)
+
+
+def _reason(error: RayError) -> str:
+    """Ray's own words, without its guesses at common causes."""
+    return str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
 
 
 def _sorted_places(placement: PlacementGroup) -> list[tuple[str, str, int]]:
