@@ -18,7 +18,6 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, *, durable: bool = True, **fields: Any) -> dict[str, Any]:
         """Append one record and return it; raises OSError where the disk is full.
@@ -27,6 +26,7 @@ class EventLog:
         """
         record = {"time": round(time.time(), 3), **fields}
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
