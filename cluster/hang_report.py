@@ -1,11 +1,11 @@
 """<run>/hang_<attempt>.txt: which rank hangs and where, what every rank did last, and the stacks of all."""
 
-import os
 import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.cluster.node_agent import NO_ANSWER, STATE
 from onetrain.cluster.watch import RankView, Verdict, begun_most
 
@@ -29,10 +29,7 @@ def write_report(
 ) -> Path:
     """Write hang_<attempt>.txt, atomically; OSError where that fails."""
     path = report_path(folder, attempt)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(report_text(attempt, verdict, views, stacks), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, report_text(attempt, verdict, views, stacks))
     return path
 
 

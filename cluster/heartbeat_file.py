@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.cluster.event_log import HEARTBEATS
 from onetrain.cluster.watch import RankView
 
@@ -50,13 +51,8 @@ class HeartbeatFile:
             **self._fixed,
             "ranks": [view.as_json() for view in self.views],
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         with contextlib.suppress(OSError):
-            try:
-                temporary.write_text(json.dumps(value), encoding="utf-8")
-                os.replace(temporary, self.path)
-            except OSError:
-                temporary.unlink(missing_ok=True)
+            write_atomically(self.path, json.dumps(value))
 
     def _write_on(self) -> None:
         while not self._over.wait(EVERY_S):

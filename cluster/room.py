@@ -13,18 +13,18 @@ SETTLE_S = 5.0  # how long fewer free resources than the nodes have are waited f
 POLL_S = 0.5
 
 
-def workers_that_fit(options: ClusterOptions, free: bool, without: Container[str] = ()) -> int:
-    """Workers that the nodes hold, by what is free there now or by all they have.
+def workers_that_fit(options: ClusterOptions, without: Container[str] = ()) -> int:
+    """Workers that the nodes hold, by what is free there now.
 
     Nodes that are dead, about to go, or in `without` (by id) do not count.
     """
     going = draining_nodes()
-    free_of = available_resources_per_node() if free else {}
+    free_of = available_resources_per_node()
     count = 0.0
     for node in ray.nodes():
         if not node["Alive"] or node["NodeID"] in without or node["NodeID"] in going:
             continue
-        has = free_of.get(node["NodeID"], {}) if free else node["Resources"]
+        has = free_of.get(node["NodeID"], {})
         fits = (has.get("CPU", 0.0) + 1e-6) // options.cpus_per_worker
         if options.gpus_per_worker:
             fits = min(fits, (has.get("GPU", 0.0) + 1e-6) // options.gpus_per_worker)
@@ -53,7 +53,7 @@ def wait_for_room(
     most = 0
     while not stopped():
         without = suspects()
-        room = workers_that_fit(options, free=True, without=without)
+        room = workers_that_fit(options, without)
         now = time.monotonic()
         if room > most:
             most, grew = room, now

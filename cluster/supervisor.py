@@ -242,7 +242,7 @@ class Supervisor:
         """Ask for a new attempt where nodes have come back."""
         if groups_that_wait():
             return  # what is free is theirs, and what this run would give back could be too
-        room = size + workers_that_fit(self.job.cluster, free=True, without=self._silent_nodes())
+        room = size + workers_that_fit(self.job.cluster, self._silent_nodes())
         larger = largest(self.job.sizes, room)
         if larger is not None and larger > size:
             self.asked_to_drain = True

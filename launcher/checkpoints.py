@@ -5,10 +5,10 @@ best one.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.launcher.config import run_folder
 from onetrain.launcher.console import print_warning
 from onetrain.launcher.errors import ConfigError
@@ -29,16 +29,7 @@ class Best:
 
     def save(self, run: Path) -> None:
         """Write <run>/best.json, atomically."""
-        temporary = run / f".best.json.{os.getpid()}"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, run / BEST)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(run / BEST, json.dumps(asdict(self)) + "\n", durable=True)
         sync(run)
 
 

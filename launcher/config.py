@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.launcher.config_messages import Location, describe, dotted, mismatch
 from onetrain.launcher.config_preset import merge_sections, with_preset
 from onetrain.launcher.config_yaml import dump_yaml, parse_yaml
@@ -77,11 +78,7 @@ def check(config: RunConfig, source: str = "configuration", *, needs_data: bool 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the resolved YAML, atomically; `load_config` reads it back equal."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(config_text(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(Path(path), config_text(config))
 
 
 def config_text(config: RunConfig) -> str:

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from onetrain.cluster.atomic import write_atomically
+
 PACKAGES = (
     "onetrain",
     "torch",
@@ -52,9 +54,7 @@ def environment() -> dict[str, Any]:
 
 def save_environment(run: Path, details: dict[str, Any]) -> None:
     """Write <run>/environment.json, atomically: the environment, and further details of the attempt."""
-    temporary = run / f".environment.json.{os.getpid()}"
-    temporary.write_text(json.dumps({**environment(), **details}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run / "environment.json")
+    write_atomically(run / "environment.json", json.dumps({**environment(), **details}, indent=1) + "\n")
 
 
 def package_version(name: str) -> str | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.cluster.event_log import LEDGER, read_log
 from onetrain.data.batch import Batch
 from onetrain.data.floors import FLOORS, Floors
@@ -51,10 +52,7 @@ class EvaluationTable:
         """Write all metrics to <run>/evaluation_<split>.json, then add the table to the run's JSONL and wandb."""
         name = f"evaluation_{self.split}"
         path = run_folder(config) / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(self.record, indent=1) + "\n")
         attempt = max(last_attempt(read_log(run_folder(config) / LEDGER)), 1)
         with Tracker(config, run_folder(config), is_main=True, start_step=None, attempt=attempt) as tracker:
             tracker.table(name, self.columns, self.rows, self.step)

@@ -1,6 +1,5 @@
 """`onetrain report`: one HTML file about a run, made from the files in its folder, finished or not."""
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.cluster.event_log import EVENTS, LEDGER, SKIPPED, read_log
 from onetrain.launcher import report_curves as curves
 from onetrain.launcher import report_time as times
@@ -54,13 +54,7 @@ def write_report(folder: Path, output: Path | None = None, now: float | None = N
     """
     output = folder / "report.html" if output is None else output
     html = report_html(folder, time.time() if now is None else now)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(output, html)
     return output
 
 

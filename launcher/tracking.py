@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from onetrain.cluster.atomic import write_atomically
 from onetrain.cluster.beacon import BEACON
 from onetrain.launcher.console import print_message, print_warning
 from onetrain.launcher.errors import ConfigError
@@ -186,9 +187,7 @@ class Tracker:
     def _remember_sent(self, step: int) -> None:
         if step == self._sent:
             return
-        temporary = self._folder / f".{SENT}.{os.getpid()}"
-        temporary.write_text(f"{step}\n", encoding="utf-8")
-        os.replace(temporary, self._folder / SENT)
+        write_atomically(self._folder / SENT, f"{step}\n")
         self._sent = step
 
 
@@ -214,9 +213,7 @@ def cut_records(path: Path, start_step: int) -> list[dict[str, Any]]:
             if step <= start_step and start_step > 0:
                 kept.append(line)
                 records.append(record)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))
     return records
 
 

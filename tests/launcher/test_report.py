@@ -231,7 +231,7 @@ def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "no space left")
 
-    monkeypatch.setattr("onetrain.launcher.report.os.replace", full)
+    monkeypatch.setattr("onetrain.cluster.atomic.os.replace", full)
     monkeypatch.setattr("onetrain.launcher.report.report_html", lambda folder, now: "other")
     with pytest.raises(OSError, match="no space"):
         write_report(tmp_path, place)
